@@ -1,0 +1,147 @@
+"""Rules between keys; each message names the remedy. They also fill in what one key implies for another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from configs.schema import Config
+
+Error = type[ValueError]
+
+
+def apply(config: Config, error: Error) -> None:
+    """Check everything, raising one error that lists all that is wrong."""
+    problems = [str(problem) for rule in RULES if (problem := _problem(rule, config))]
+    if problems:
+        raise error("\n".join(problems))
+
+
+def accumulation(config: Config, world_size: int, rows_per_sample: int) -> int:
+    """Micro-batches of a step on one rank: global_batch_size x rows per sample / (ranks x micro_batch_size), whole.
+
+    Raises:
+        ValueError: it does not come out even; the message names settings near by that do.
+    """
+    train = config.train
+    rows = train.global_batch_size * rows_per_sample
+    if train.global_batch_size % world_size == 0 and rows % (world_size * train.micro_batch_size) == 0:
+        return rows // (world_size * train.micro_batch_size)
+    fits = [
+        n for n in range(1, train.global_batch_size // world_size * rows_per_sample + 1) if rows % (world_size * n) == 0
+    ]
+    nearest = min(fits, key=lambda n: abs(n - train.micro_batch_size), default=None)
+    batch = max(round(train.global_batch_size / world_size), 1) * world_size
+    remedy = f"train.micro_batch_size={nearest}" if nearest and train.global_batch_size % world_size == 0 else ""
+    raise ValueError(
+        f"train.global_batch_size={train.global_batch_size} with {rows_per_sample} graded rows a sample is not a whole number "
+        f"of micro-batches of {train.micro_batch_size} on {world_size} ranks; "
+        f"set {remedy or f'train.global_batch_size={batch} (a multiple of the ranks)'}"
+    )
+
+
+def _problem(rule: Callable[[Config], None], config: Config) -> str | None:
+    try:
+        rule(config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _run_name(config: Config) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
+        raise ValueError(
+            f"run.name is {config.run.name!r}; it names a folder: letters, digits, '.', '_' and '-' (run.dir sets a path)"
+        )
+
+
+def _guidance(config: Config) -> None:
+    """guidance.scale w -> objective.enhanced_ratio rho. A frozen teacher gives w = 1 + rho (w = rho where the objective is
+    image-free); a trained one is guided by itself, with the fixed point w = 1 / (1 - rho) (method 2.2)."""
+    objective, scale = config.objective, config.guidance.scale
+    if "enhanced_ratio" not in objective:
+        if scale is not None:
+            raise ValueError(f"guidance.scale is set, but the objective {objective['name']} has no guidance; remove it")
+        return
+    frozen = objective["teacher"] == "frozen"
+    if scale is not None:
+        if scale < 1:
+            raise ValueError(f"guidance.scale is {scale}; 1 is no guidance, useful values lie between 1 and 8")
+        ratio = scale - 1 if frozen else 1 - 1 / scale
+        if frozen and objective.get("image_free") and scale > 1:
+            ratio = scale
+        if objective["enhanced_ratio"] not in (0, ratio):
+            raise ValueError(
+                f"guidance.scale={scale} means objective.enhanced_ratio={ratio:g}, but it is set to "
+                f"{objective['enhanced_ratio']}; set only one of the two"
+            )
+        objective["enhanced_ratio"] = ratio
+    if not frozen and objective["enhanced_ratio"] >= 1 and not config.guidance.allow_divergent:
+        raise ValueError(
+            f"objective.enhanced_ratio={objective['enhanced_ratio']:g} diverges with teacher {objective['teacher']}: the "
+            "teacher is guided by its own guided targets, and the effective scale 1 / (1 - ratio) has no limit from 1 on. "
+            "Set guidance.scale to the scale you mean (5 is a ratio of 0.8), or objective.teacher=frozen, or "
+            "guidance.allow_divergent=true"
+        )
+
+
+def _counts(config: Config) -> None:
+    positive = {
+        "train.steps": config.train.steps,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "tracking.every": config.tracking.every,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "sample.columns": config.sample.columns,
+        "sample.chunk_rows": config.sample.chunk_rows,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise ValueError(f"{key} is {value}; it must be positive")
+    if config.train.chunk_rows is not None and config.train.chunk_rows < 1:
+        raise ValueError(f"train.chunk_rows is {config.train.chunk_rows}; it must be positive, or null for no limit")
+
+
+def _optimizer(config: Config) -> None:
+    if config.optimizer.name not in ("adamw", "adam", "radam"):
+        raise ValueError(f"optimizer.name is {config.optimizer.name!r}; choose adamw, adam or radam")
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ValueError(f"optimizer.betas is {tuple(config.optimizer.betas)}; both lie in [0, 1)")
+
+
+def _schedule(config: Config) -> None:
+    if config.schedule.name not in ("constant", "linear", "cosine"):
+        raise ValueError(f"schedule.name is {config.schedule.name!r}; choose constant, linear or cosine")
+    if not 0 <= config.schedule.warmup_steps <= config.train.steps:
+        raise ValueError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} does not lie within train.steps={config.train.steps}"
+        )
+
+
+def _averages(config: Config) -> None:
+    if not 0 <= config.ema.decay < 1:
+        raise ValueError(f"ema.decay is {config.ema.decay}; it lies in [0, 1), 0 keeps no averaged weights")
+    if config.ema.decay == 0 and config.objective.get("teacher") == "ema":
+        raise ValueError("objective.teacher=ema needs averaged weights; set ema.decay, for instance 0.99")
+    if config.sample.weights not in ("ema", "online"):
+        raise ValueError(f"sample.weights is {config.sample.weights!r}; choose ema or online")
+    if config.ema.decay == 0 and config.sample.weights == "ema":
+        raise ValueError("sample.weights=ema needs averaged weights; set ema.decay, or sample.weights=online")
+
+
+def _yardstick(config: Config) -> None:
+    if config.evaluate.name not in (None, "digits"):
+        raise ValueError(f"evaluate.name is {config.evaluate.name!r}; choose digits or null")
+    if config.evaluate.name == "digits" and (config.evaluate.images <= 0 or config.evaluate.images % 10):
+        raise ValueError(f"evaluate.images is {config.evaluate.images}; digits want a positive multiple of 10")
+
+
+def _numerics(config: Config) -> None:
+    if config.runtime.matmul_precision not in ("highest", "high", "medium"):
+        raise ValueError(
+            f"runtime.matmul_precision is {config.runtime.matmul_precision!r}; choose highest, high or medium"
+        )
+
+
+RULES = (_run_name, _guidance, _counts, _optimizer, _schedule, _averages, _yardstick, _numerics)

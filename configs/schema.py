@@ -1,0 +1,184 @@
+"""Every knob of a run. The string under a field is its documentation; `twinflow config show` prints it.
+
+Plug-ins (objective, model, engine) bring their own options: the dataclass in the plug-in's file is the schema of
+its section, read as text so that checking a configuration needs no torch (see configs/knobs.py).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class Run:
+    name: str = MISSING
+    """Name of the run; its folder is outputs/<name> unless run.dir says otherwise."""
+    dir: str | None = None
+    """Folder of the run: resolved config, journal, checkpoints, pictures. Default outputs/<name>."""
+    seed: int = 42
+    """Seed of the sample order, of every random draw and of new parameters."""
+
+
+@dataclass
+class Data:
+    manifest: str = MISSING
+    """Folder or s3:// prefix that holds manifest.json and the shards."""
+    held_out: str | None = None
+    """The same for held-out samples; null skips the held-out loss."""
+    endpoint_url: str | None = None
+    """S3 endpoint for stores other than AWS (MinIO, Ceph)."""
+    cache_dir: str | None = None
+    """Folder of the node's shard cache for s3:// data. Default <temporary folder>/twinflow-cache."""
+    cache_gb: float = 50.0
+    """Ceiling of the shard cache on a node [GB]."""
+    workers: int = 1
+    """Loader processes per rank; 0 decodes in the training process."""
+    prefetch: int = 4
+    """Batches that a loader process prepares ahead."""
+    lanes: int | None = None
+    """Parts of a stream read side by side; more mixes better and opens more shards. Default: see data/order.py."""
+
+
+@dataclass
+class Encoder:
+    max_text_tokens: int = 512
+    """Longest caption [tokens]; longer ones are cut and counted."""
+    null_prompt: str = "Generate an image."
+    """Prompt of the null condition (method 3)."""
+
+
+@dataclass
+class Guidance:
+    scale: float | None = None
+    """Effective guidance scale w of u + w (c - u) trained into the model; sets objective.enhanced_ratio. null: off, or
+    as objective.enhanced_ratio says."""
+    allow_divergent: bool = False
+    """Accept a guidance that has no fixed point with a trained teacher (enhanced_ratio >= 1)."""
+
+
+@dataclass
+class Optimizer:
+    name: str = "adamw"
+    """adamw | adam | radam."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (adamw, radam)."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0 turns clipping off."""
+
+
+@dataclass
+class Schedule:
+    name: str = "constant"
+    """constant | linear | cosine: shape of the learning rate after warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0 to optimizer.learning_rate."""
+    final_ratio: float = 0.0
+    """Learning rate of the last step as a share of the peak (linear, cosine)."""
+
+
+@dataclass
+class Train:
+    steps: int = MISSING
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = MISSING
+    """Samples of one optimizer step over all ranks."""
+    micro_batch_size: int = MISSING
+    """Graded rows of one forward and backward pass on one rank."""
+    chunk_rows: int | None = None
+    """Most rows of one no-grad pass; null: all rows of the accumulation window at once."""
+
+
+@dataclass
+class Ema:
+    decay: float = 0.999
+    """Final decay rate of the averaged weights (evaluation, and teacher: ema); 0 keeps none."""
+
+
+@dataclass
+class Checkpoint:
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep_last: int = 2
+    """Newest checkpoints that stay; older ones are removed after the next save."""
+
+
+@dataclass
+class Sample:
+    every: int = 0
+    """Steps between sample grids; 0: only at the end."""
+    presets: list[str] = field(default_factory=lambda: ["1nfe", "2nfe", "4nfe", "multi30"])
+    """Sampler presets drawn, one grid each (trainer/generate/sampler.py)."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts of the grid, one row each."""
+    columns: int = 8
+    """Samples of each prompt."""
+    weights: str = "ema"
+    """ema | online: which weights sample and evaluate."""
+    chunk_rows: int = 256
+    """Most rows of one network call while sampling."""
+
+
+@dataclass
+class Evaluate:
+    name: str | None = None
+    """Yardstick run at the end (digits); null: none."""
+    presets: list[str] = field(default_factory=lambda: ["1nfe", "2nfe", "4nfe", "multi32"])
+    """Sampler presets scored."""
+    images: int = 2000
+    """Generated images per preset."""
+
+
+@dataclass
+class Tracking:
+    uri: str = "sqlite:///outputs/mlflow.db"
+    """MLflow tracking server or sqlite file."""
+    experiment: str = "twinflow"
+    """MLflow experiment."""
+    every: int = 10
+    """Steps between logged metrics."""
+    held_out_every: int = 0
+    """Steps between held-out losses; 0: only at the end."""
+
+
+@dataclass
+class Runtime:
+    nproc: int | None = None
+    """Processes on this machine; null: one per GPU, or 1 without GPUs."""
+    threads: int | None = None
+    """CPU threads of a process; null: cores / processes."""
+    tf32: bool = True
+    """Allow TF32 in float32 matrix products on GPUs."""
+    matmul_precision: str = "high"
+    """highest | high | medium: torch.set_float32_matmul_precision."""
+    collective_timeout_s: float = 600.0
+    """A collective that waits longer ends the run [s]."""
+
+
+@dataclass
+class Config:
+    run: Run = field(default_factory=Run)
+    model: dict[str, Any] = field(default_factory=lambda: {"name": "qwen_image"})
+    """Backbone by name and its options (models/backbones/<name>.py)."""
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "twinflow"})
+    """Objective by name and its options (trainer/objectives/<name>.py)."""
+    engine: dict[str, Any] = field(default_factory=lambda: {"name": "fsdp2"})
+    """Sharding engine by name and its options (trainer/engines/<name>.py)."""
+    guidance: Guidance = field(default_factory=Guidance)
+    data: Data = field(default_factory=Data)
+    encoder: Encoder = field(default_factory=Encoder)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    ema: Ema = field(default_factory=Ema)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    sample: Sample = field(default_factory=Sample)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    tracking: Tracking = field(default_factory=Tracking)
+    runtime: Runtime = field(default_factory=Runtime)

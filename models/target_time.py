@@ -1,0 +1,85 @@
+"""The second time embedding of TwinFlow, for every diffusers backbone that has a `time_text_embed`.
+
+temb = E1(t) + (t - r) E2(r), with E1 the backbone's own embedding and E2 (`time_text_embed_2`, the published key name)
+a sibling of the same class that starts as its copy. Times lie in [-1, 1]; a negative time is a negative argument of the
+sinusoid: equal cosines, negated sines.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import Timesteps
+from torch import Tensor, nn
+
+PREFIX = "time_text_embed."
+TARGET_PREFIX = "time_text_embed_2."
+
+
+class Sinusoid(Timesteps):
+    """Sinusoidal features of times [B] -> [B, num_channels], float32; float64 for float64 times.
+
+    Formula and float32 numbers are those of diffusers' `Timesteps`, which knows float32 only.
+    """
+
+    @classmethod
+    def like(cls, base: Timesteps) -> Sinusoid:
+        return cls(base.num_channels, base.flip_sin_to_cos, base.downscale_freq_shift, base.scale)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        if timesteps.dtype != torch.float64:
+            return super().forward(timesteps)
+        half = self.num_channels // 2
+        index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
+        frequencies = torch.exp(-math.log(10000) * index / (half - self.downscale_freq_shift))
+        angles = self.scale * timesteps[:, None] * frequencies
+        parts = (angles.cos(), angles.sin()) if self.flip_sin_to_cos else (angles.sin(), angles.cos())
+        return torch.cat(parts, dim=-1)
+
+
+class TargetTime:
+    """Mixin of a transformer with a `time_text_embed(timestep, ...)` of its own, which calls it once per forward pass.
+
+    The times travel beside the forward arguments, because diffusers casts `timestep` to the activations' dtype and
+    bfloat16 cannot tell .5003 from .5001. Hooks are bound methods, so a deep copy of the model gets its own.
+    """
+
+    time_text_embed: nn.Module
+    time_text_embed_2: nn.Module
+    _times: tuple[Tensor, Tensor] | None
+
+    def add_target_time(self) -> None:
+        """Create E2 as a copy of E1 and hook both into the forward pass; call once, at the end of __init__."""
+        self.time_text_embed.time_proj = Sinusoid.like(self.time_text_embed.time_proj)
+        self.time_text_embed_2 = copy.deepcopy(self.time_text_embed)
+        self._times = None
+        self.time_text_embed.register_forward_pre_hook(self._give_exact_time)
+        self.time_text_embed.register_forward_hook(self._add_second_embedding)
+
+    @contextmanager
+    def times(self, t: Tensor, r: Tensor) -> Iterator[None]:
+        """The forward pass inside the context is conditioned on times t and target times r, [B] each."""
+        self._times = (t, r)
+        try:
+            yield
+        finally:
+            self._times = None
+
+    def _give_exact_time(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        t, _ = self._exact_times()
+        return (t, *args[1:])
+
+    def _add_second_embedding(self, module: nn.Module, args: tuple[Any, ...], embedding: Tensor) -> Tensor:
+        t, r = self._exact_times()
+        second = self.time_text_embed_2(r, *args[1:])
+        return (embedding + (t - r)[:, None] * second).to(embedding.dtype)
+
+    def _exact_times(self) -> tuple[Tensor, Tensor]:
+        if self._times is None:
+            raise RuntimeError("the time embedding was called outside `with model.times(t, r):`; call the model itself")
+        return self._times

@@ -1,0 +1,204 @@
+"""Model weights as safetensors in the diffusers layout: every rank reads the rows it owns, nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+STEM = "diffusion_pytorch_model"
+INDEX = f"{STEM}.safetensors.index.json"
+_WRAPPER = "_checkpoint_wrapped_module."  # torch's activation checkpointing puts it into names
+
+
+class CheckpointError(RuntimeError):
+    """A weight folder that cannot be used, with what is wrong and where."""
+
+
+def component(path: str | Path, name: str) -> Path:
+    """The folder of a pipeline's component: path/name where it exists, else path itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder; model.path must be a diffusers model folder on this machine"
+        )
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers by the name they have without wrappers."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        yield name.replace(_WRAPPER, ""), tensor
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str]) -> None:
+    """Fill plain or sharded (DTensor) parameters in place, cast to their dtype.
+
+    derived: prefix -> source prefix of parameters that a base checkpoint does not have. Where *all* keys of such a
+    prefix are missing they become copies of their source; where they are present they are loaded like any other.
+
+    Raises CheckpointError for every other missing, unexpected or misshapen key, before anything is changed.
+    """
+    folder = Path(folder)
+    targets = dict(named_tensors(model))
+    unallocated = [name for name, tensor in targets.items() if tensor.is_meta]
+    if unallocated:
+        raise RuntimeError(f"parameters must be materialised (to_empty) before loading: {_some(unallocated)}")
+    files = _files(folder)
+    missing = set(targets) - set(files)
+    copies = {name: source for new, old in derived.items() for name, source in _absent(targets, missing, new, old)}
+    problems = [f"missing: {name}" for name in sorted(missing - set(copies))]
+    problems += [f"unexpected: {name}" for name in sorted(set(files) - set(targets))]
+    _refuse(folder, problems)
+
+    by_file: dict[Path, list[str]] = {}
+    for name, file in files.items():
+        by_file.setdefault(file, []).append(name)
+    for file, names in by_file.items():
+        problems += _misshapen(file, {name: targets[name] for name in names})
+    _refuse(folder, problems)
+
+    for file, names in by_file.items():
+        with _open(file) as reader:
+            for name in names:
+                _fill(targets[name], reader.get_slice(name))
+    for name, source in copies.items():
+        _local(targets[name]).copy_(_local(targets[source]))
+
+
+def export(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    class_name: str,
+    config: Mapping[str, Any],
+    expected: Set[str],
+    max_shard_size: str = "10GB",
+) -> None:
+    """Write a diffusers model folder (config.json, safetensors) that appears at `path` complete or not at all.
+
+    Raises FileExistsError where `path` exists, ValueError where the state has other names than `expected`.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another folder or remove it")
+    if set(state) != set(expected):
+        raise ValueError(f"the state to export does not match the model: {_some(sorted(set(state) ^ set(expected)))}")
+    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    staging.mkdir(parents=True)
+    try:
+        _write(staging, state, max_shard_size)
+        described = {"_class_name": class_name, "_diffusers_version": diffusers.__version__, **config}
+        written = staging / "config.json"
+        written.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        for file in staging.glob("*.safetensors"):
+            shutil.copymode(written, file)  # safetensors makes files that only their owner can read
+        staging.rename(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, state: Mapping[str, Tensor], max_shard_size: str) -> None:
+    plain = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    pattern = STEM + "{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(plain, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for filename, names in split.filename_to_tensors.items():
+        save_file({name: plain[name] for name in names}, folder / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index or from the single file."""
+    index, single = folder / INDEX, folder / f"{STEM}.safetensors"
+    if index.is_file():
+        listed = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        lost = sorted({file.name for file in listed.values() if not file.is_file()})
+        if lost:
+            raise CheckpointError(f"{folder} lacks files that its index lists: {_some(lost)}; fetch the model again")
+        return listed
+    if single.is_file():
+        with _open(single) as reader:
+            return dict.fromkeys(reader.keys(), single)
+    raise CheckpointError(
+        f"{folder} has neither {INDEX} nor {single.name}; model.path must be a diffusers model folder"
+    )
+
+
+def _absent(targets: Mapping[str, Tensor], missing: Set[str], new: str, old: str) -> Iterator[tuple[str, str]]:
+    """(name, source) of a derived prefix; nothing unless every one of its keys is missing."""
+    names = [name for name in targets if name.startswith(new)]
+    if missing >= set(names):
+        for name in names:
+            yield name, old + name.removeprefix(new)
+
+
+def _misshapen(file: Path, targets: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    with _open(file) as reader:
+        stored = set(reader.keys())
+        for name, tensor in targets.items():
+            if name not in stored:
+                problems.append(f"listed in the index but not in {file.name}: {name}")
+            elif list(shape := reader.get_slice(name).get_shape()) != list(tensor.shape):
+                problems.append(f"shape {tuple(shape)} instead of {tuple(tensor.shape)}: {name}")
+    return problems
+
+
+def _fill(target: Tensor, stored: Any) -> None:
+    local = _local(target)
+    if not isinstance(target, DTensor):
+        local.copy_(stored[...])
+    elif local.numel():
+        first = _first_row(target)
+        local.copy_(stored[first : first + local.shape[0]])
+
+
+def _first_row(tensor: DTensor) -> int:
+    """Row of the whole tensor at which this rank's part begins; rows are dealt as torch.chunk does."""
+    first, rows = 0, tensor.shape[0]
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "ranks outside the mesh hold no rows"
+    for size, index, placement in zip(tensor.device_mesh.shape, coordinate, tensor.placements, strict=True):
+        if placement.is_shard(0) and type(placement) is Shard:
+            chunk = -(-rows // size)
+            begin = min(chunk * index, rows)
+            first, rows = first + begin, min(chunk, rows - begin)
+        elif not placement.is_replicate():
+            raise NotImplementedError(f"weights can be loaded into rows or copies of a tensor, not into {placement}")
+    assert rows == tensor.to_local().shape[0]
+    return first
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); fetch the model again") from error
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(f"the weights in {folder} do not fit the model:\n  " + _some(problems, "\n  ", 20))
+
+
+def _some(items: list[str], separator: str = ", ", most: int = 5) -> str:
+    shown = separator.join(items[:most])
+    return shown if len(items) <= most else f"{shown}{separator}and {len(items) - most} more"

@@ -1,0 +1,174 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.batch import Batch
+from data.demo import CAPTIONS, digits
+from data.loader import Loader
+from data.manifest import Manifest, read_manifest
+from data.order import Order
+from data.s3 import DataError
+from tests.data.conftest import ObjectStore
+
+G = 120
+
+
+@pytest.fixture(scope="module")
+def manifest(digits_folder: Path) -> Manifest:
+    return read_manifest(str(digits_folder / "train"))
+
+
+@pytest.fixture(scope="module")
+def order(manifest: Manifest) -> Order:
+    return Order(manifest, seed=1, global_batch_size=G)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    texts = ("step", "bucket", "captions", "keys", "shards", "own_epochs")
+    tensors = ("pixels", "rows")
+    return all(getattr(a, n) == getattr(b, n) for n in texts) and all(
+        torch.equal(getattr(a, n), getattr(b, n)) for n in tensors
+    )
+
+
+def test_batches_hold_the_digits_that_the_order_names(order: Order, manifest: Manifest) -> None:
+    train_x, train_y, _, _ = digits()
+    known = {pixels.round(3).tobytes(): label for pixels, label in zip(train_x, train_y, strict=True)}
+    batches = list(Loader(order, manifest, steps=order.steps_through(0)))
+    assert len(batches) == 1257 // G
+    for batch in batches:
+        assert batch.pixels.shape == (G, 1, 8, 8)
+        assert batch.pixels.dtype == torch.float32
+        assert batch.bucket == (8, 8)
+        assert batch.rows.tolist() == list(range(G))
+        exact = (np.rint((batch.pixels.numpy() + 1) * 8) / 8 - 1).astype(np.float32)
+        for pixels, caption in zip(exact, batch.captions, strict=True):
+            assert caption == CAPTIONS[known[pixels.round(3).tobytes()]]
+    seen = Counter(key for batch in batches for key in batch.keys)
+    assert len(seen) == len(batches) * G, "a key came twice in its own epoch"
+
+
+def test_keys_follow_the_order(order: Order, manifest: Manifest, digits_folder: Path) -> None:
+    (batch,) = Loader(order, manifest, start_step=17, steps=18)
+    references = order.step(17)
+    assert batch.shards == tuple(manifest.shards[n].name for n in references.shard.tolist())
+    assert batch.own_epochs == tuple(references.own_epoch.tolist())
+    assert set(batch.own_epochs) == {1}
+
+
+def test_resumed_and_worker_fed_loaders_give_the_same_batches(order: Order, manifest: Manifest) -> None:
+    whole = list(Loader(order, manifest, steps=14))
+    resumed = list(Loader(order, manifest, start_step=9, steps=14))
+    assert all(same(a, b) for a, b in zip(whole[9:], resumed, strict=True))
+    fed = list(Loader(order, manifest, start_step=9, steps=14, workers=2, prefetch=2))
+    assert all(same(a, b) for a, b in zip(resumed, fed, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_hold_contiguous_parts_of_the_global_batch(order: Order, manifest: Manifest, world_size: int) -> None:
+    (whole,) = Loader(order, manifest, start_step=3, steps=4)
+    parts = [
+        next(iter(Loader(order, manifest, start_step=3, steps=4, rank=rank, world_size=world_size)))
+        for rank in range(world_size)
+    ]
+    assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels)
+    assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+    assert sum((part.keys for part in parts), ()) == whole.keys
+
+
+def test_batches_from_s3_equal_those_from_disk(
+    order: Order, manifest: Manifest, store: ObjectStore, digits_on_s3: str, tmp_path: Path
+) -> None:
+    remote = read_manifest(digits_on_s3, store.endpoint_url)
+    places = {"cache_dir": str(tmp_path / "cache"), "endpoint_url": store.endpoint_url}
+    store.gets.clear()
+    loader = Loader(Order(remote, seed=1, global_batch_size=G), remote, steps=3, **places)
+    assert all(same(a, b) for a, b in zip(loader, Loader(order, manifest, steps=3), strict=True))
+    assert all(count == 1 for path, count in store.gets.items() if path.endswith((".tar", ".idx")))
+    assert loader.total_wait_s >= loader.last_wait_s > 0
+
+
+def copy(manifest_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(manifest_folder / "train", tmp_path / "set"))
+
+
+def test_missing_and_cut_shards_are_refused_at_construction(digits_folder: Path, tmp_path: Path) -> None:
+    folder = copy(digits_folder, tmp_path)
+    manifest = read_manifest(str(folder))
+    order = Order(manifest, seed=0, global_batch_size=8)
+    os.truncate(folder / "digits-000002.tar", 1000)
+    with pytest.raises(DataError, match=r"digits-000002\.tar: 1000 bytes where the manifest says \d+ .*copy it again"):
+        Loader(order, manifest, steps=1)
+    (folder / "digits-000004.tar").unlink()
+    (folder / "digits-000005.idx").unlink()
+    with pytest.raises(DataError, match=r"digits-000004\.tar: missing, with 1 more of 20 files"):
+        Loader(order, manifest, steps=1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_found_while_reading_names_rank_step_shard_and_key(
+    digits_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    folder = copy(digits_folder, tmp_path)
+    manifest = read_manifest(str(folder))
+    shard = folder / "digits-000000.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    loader = Loader(Order(manifest, seed=0, global_batch_size=G), manifest, steps=10, workers=workers)
+    with pytest.raises(DataError) as error:
+        list(loader)
+    assert re.match(r"rank 0, step \d: ", str(error.value))
+    assert f"{shard}, sample " in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_impossible_cuts_are_refused(order: Order, manifest: Manifest) -> None:
+    with pytest.raises(ValueError, match=r"rank 0 of 7 cannot take an equal part of train.global_batch_size=120"):
+        Loader(order, manifest, steps=1, world_size=7)
+    with pytest.raises(ValueError, match="from another manifest"):
+        Loader(order, Manifest(manifest.shards[:5], 1), steps=1)
+
+
+def test_a_loader_process_that_dies_names_step_and_shard(digits_folder: Path, tmp_path: Path) -> None:
+    script = """
+import os, signal, sys, threading, time, multiprocessing
+from data.loader import Loader
+from data.manifest import read_manifest
+from data.order import Order
+if __name__ == "__main__":
+    manifest = read_manifest(sys.argv[1])
+    loader = Loader(Order(manifest, seed=0, global_batch_size=120), manifest, steps=4, workers=1)
+    batches = iter(loader)
+    # Signals to the group are for the rank alone.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    next(batches)
+    worker, = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    print(worker.pid, flush=True)
+    for batch in batches:
+        pass
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(path), str(digits_folder / "train")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1, done.stderr
+    assert "DataError: rank 0: a loader process died while step" in last
+    assert f"process {done.stdout.strip()} at step" in last
+    assert "/digits-0000" in last

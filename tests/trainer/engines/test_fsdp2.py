@@ -1,0 +1,388 @@
+"""The FSDP2 engine on gloo ranks against a plain single process (law 9), and what it promises about passes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from configs.schema import Ema, Optimizer
+from tests.ranks import run_ranks
+from tests.trainer.engines import toy
+from tests.trainer.engines.sameness import assert_same
+from trainer.engines.fsdp2 import FSDP2, FSDP2Options
+from trainer.objectives.objective import ONLINE, TEACHER
+
+ROWS, RATE = 12, 0.02
+OPTIMIZER = Optimizer(learning_rate=RATE, betas=(0.9, 0.99), weight_decay=0.01, max_grad_norm=1.0)
+State = dict[str, Tensor]
+
+
+def make_engine(dtype: torch.dtype = torch.float64, teacher: str = "online", **options: Any) -> FSDP2:
+    return FSDP2(FSDP2Options(**options), toy.ToyBackbone(dtype=dtype), OPTIMIZER, Ema(decay=0.9), teacher)
+
+
+def own_rows(step: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return toy.cut(toy.batch(ROWS, step, dtype), dist.get_rank(), dist.get_world_size())
+
+
+def velocity(engine: FSDP2, rows: dict[str, Tensor], kind: int = ONLINE) -> Tensor:
+    weights = torch.full((len(rows["t"]),), kind)
+    return engine.nets.velocity(rows["x_t"], rows["t"], rows["r"], rows["cond"], weights)
+
+
+def train_step(engine: FSDP2, step: int, dtype: torch.dtype, accumulation: int, no_grad_passes: int = 2) -> float:
+    """Passes without gradient, then `accumulation` graded passes, the update and the average; the gradient norm."""
+    rows = own_rows(step, dtype)
+    with torch.no_grad():
+        for _ in range(no_grad_passes):
+            velocity(engine, rows)
+    for part in range(accumulation):
+        graded = toy.cut(rows, part, accumulation)
+        engine.backward(toy.loss(velocity(engine, graded), graded, ROWS))
+    norm = engine.step(RATE)
+    engine.update_ema()
+    return float(norm)
+
+
+def whole(engine: FSDP2, group: str) -> State:
+    """Whole tensors of a group of the state from all ranks' parts."""
+    mine = [(p.name, p.shape, p.start, p.local.clone()) for p in engine.parts() if p.group == group and p.owned]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    state: State = {}
+    for name, shape, start, local in itertools.chain(*everyone):
+        tensor = state.setdefault(name, torch.full(shape, float("nan"), dtype=local.dtype))
+        tensor.view(-1)[start : start + local.numel()] = local
+    return state
+
+
+# ---- the same training as in one plain process
+
+
+def _plain_run(dtype: torch.dtype, steps: int) -> dict[str, Any]:
+    """torch's own AdamW, clipping and averaging on the whole batch in one process."""
+    model = toy.ToyBackbone(dtype=dtype)
+    trainable = {name: p for name, p in model.named_parameters() if name not in model.idle_parameters()}
+    optimizer = torch.optim.AdamW(trainable.values(), RATE, (0.9, 0.99), 1e-8, weight_decay=0.01, foreach=False)
+    averaged = {name: p.detach().clone() for name, p in trainable.items()}
+    norms, first, k = [], {}, 0.45
+    for step in range(steps):
+        gradients = toy.plain_gradients(model, toy.batch(ROWS, step, dtype))
+        first = first or gradients
+        norms.append(float(nn.utils.clip_grad_norm_(trainable.values(), 1.0)))
+        optimizer.step()
+        for name, p in trainable.items():
+            averaged[name].mul_(k).add_(p.detach(), alpha=1 - k)
+        k += (1 - k) * (0.9 - k) / 2
+    moments = {m: {name: optimizer.state[p][m] for name, p in trainable.items()} for m in ("exp_avg", "exp_avg_sq")}
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return {"gradients": first, "norms": norms, "parameter": parameters, "ema": averaged, **moments}
+
+
+def _sharded_run(options: dict[str, Any], dtype: torch.dtype, accumulation: int, steps: int) -> dict[str, Any]:
+    engine = make_engine(dtype, **options)
+    rows = own_rows(0, dtype)
+    for part in range(accumulation):
+        graded = toy.cut(rows, part, accumulation)
+        engine.backward(toy.loss(velocity(engine, graded), graded, ROWS))
+    trainable = {name: p for name, p in engine._parameters.items() if p.requires_grad}
+    gradients = {name: p.grad.full_tensor() for name, p in trainable.items()}  # type: ignore[union-attr]
+    for parameter in trainable.values():
+        parameter.grad = None
+    norms = [train_step(engine, step, dtype, accumulation) for step in range(steps)]
+    groups = ("parameter", "exp_avg", "exp_avg_sq", "ema")
+    return {"gradients": gradients, "norms": norms, **{group: whole(engine, group) for group in groups}}
+
+
+def _sharded_runs(cases: list[tuple[dict[str, Any], torch.dtype, int, int]]) -> list[dict[str, Any]]:
+    return [_sharded_run(*case) for case in cases]
+
+
+CASES = [
+    ({"activation_checkpointing": recompute, "keep_gathered": keep}, accumulation)
+    for recompute, keep, accumulation in [(True, False, 2), (False, False, 1), (True, True, 2), (False, True, 4)]
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_sharded_step_equals_the_plain_one(world_size: int) -> None:
+    cases = [
+        (options, dtype, accumulation if ROWS % (world_size * accumulation) == 0 else 2, steps)
+        for options, accumulation in CASES
+        for dtype, steps in ((torch.float64, 4), (torch.float32, 1))
+    ]
+    plain = {dtype: _plain_run(torch.float64, steps) for _, dtype, _, steps in cases}
+    for of_rank in run_ranks(_sharded_runs, world_size, cases):
+        for (_, dtype, _, _), found in zip(cases, of_rank, strict=True):
+            bound = 1e-12 if dtype == torch.float64 else 1e-5
+            expected = plain[dtype]
+            assert found["norms"] == pytest.approx(expected["norms"], rel=bound)
+            for group in ("gradients", "parameter", "exp_avg", "exp_avg_sq", "ema"):
+                assert_same(found[group], expected[group], bound)
+
+
+def test_a_replicated_mesh_makes_the_same_step() -> None:
+    plain = _plain_run(torch.float64, 3)
+    found = run_ranks(_sharded_run, 4, {"replicate": 2}, torch.float64, 1, 3, timeout=120)
+    for of_rank in found:
+        assert of_rank["norms"] == pytest.approx(plain["norms"], rel=1e-12)
+        assert_same(of_rank["parameter"], plain["parameter"], 1e-12)
+
+
+# ---- gathers
+
+
+def _gathers(options: dict[str, Any], no_grad_passes: int, accumulation: int) -> list[int]:
+    engine = make_engine(torch.float32, **options)
+    counts = []
+    for step in range(3):
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            train_step(engine, step, torch.float32, accumulation, no_grad_passes)
+        counts.append(sum(event.count for event in trace.key_averages() if event.key == "c10d::_allgather_base_"))
+    return counts
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_kept_gathered_each_unit_is_gathered_once_a_step(recompute: bool) -> None:
+    options = {"activation_checkpointing": recompute, "keep_gathered": True}
+    assert run_ranks(_gathers, 2, options, 3, 2) == [[4, 4, 4]] * 2  # 3 blocks and the root
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_otherwise_blocks_are_gathered_for_every_pass_and_the_root_once(recompute: bool) -> None:
+    options = {"activation_checkpointing": recompute, "keep_gathered": False}
+    # 3 blocks: 3 passes without gradient, 2 forward and 2 backward passes; the root: once.
+    assert run_ranks(_gathers, 2, options, 3, 2) == [[3 * (3 + 2 * 2) + 1] * 3] * 2
+
+
+# ---- precision
+
+
+def _dtypes(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    model = toy.ToyBackbone(dtype=dtype)
+    engine = FSDP2(FSDP2Options(**options), model, OPTIMIZER, Ema(decay=0.9), "online")
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    graded = own_rows(0, master)
+    out = velocity(engine, graded)
+    engine.backward(toy.loss(out, graded, ROWS))
+    engine.step(RATE)
+    blocks = set().union(*(block.seen for block in model.blocks))
+    return {"blocks": blocks, "out": out.dtype, "state": {p.local.dtype for p in engine.parts()}, **model.seen}
+
+
+@pytest.mark.parametrize("built", [torch.float32, torch.bfloat16])
+def test_blocks_compute_in_bfloat16_and_all_else_in_float32(built: torch.dtype) -> None:
+    found = run_ranks(_dtypes, 2, {"block_dtype": "bfloat16"}, built)[0]
+    assert found.pop("blocks") == {torch.bfloat16}
+    assert found.pop("state") == {torch.float32}
+    assert set(found.values()) == {torch.float32} and {"t", "x_t", "embedding", "hidden", "out"} == set(found)
+
+
+def test_a_float64_model_stays_float64_throughout() -> None:
+    found = run_ranks(_dtypes, 2, {"block_dtype": "bfloat16"}, torch.float64)[0]
+    assert found.pop("blocks") == found.pop("state") == set(found.values()) == {torch.float64}
+
+
+# ---- fail together
+
+
+def _poisoned(optimizer: str) -> list[Any]:
+    engine = FSDP2(
+        FSDP2Options(), toy.ToyBackbone(), Optimizer(name=optimizer, learning_rate=RATE), Ema(decay=0.9), "online"
+    )
+    train_step(engine, 0, torch.float32, 2)
+    before = {(p.group, p.name): p.local.clone() for p in engine.parts()}
+    rows = own_rows(1, torch.float32)
+    factor = float("inf") if dist.get_rank() == 1 else 1.0
+    engine.backward(toy.loss(velocity(engine, rows), rows, ROWS) * factor)
+    norm = float(engine.step(RATE))
+    unchanged = all(torch.equal(p.local, before[p.group, p.name]) for p in engine.parts())
+    steps = engine.counters()["optimizer_step"]
+    recovered = train_step(engine, 1, torch.float32, 2)
+    moved = not all(torch.equal(p.local, before[p.group, p.name]) for p in engine.parts())
+    return [norm, unchanged, steps, recovered, moved]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_a_non_finite_gradient_on_one_rank_skips_the_update_on_all(optimizer: str) -> None:
+    for norm, unchanged, steps, recovered, moved in run_ranks(_poisoned, 2, optimizer):
+        assert not norm < float("inf")
+        assert unchanged and steps == 1
+        assert 0 < recovered < float("inf") and moved
+
+
+def _step_without_backward() -> str:
+    with pytest.raises(RuntimeError) as caught:
+        make_engine().step(RATE)
+    return str(caught.value)
+
+
+def test_a_step_without_gradients_names_the_parameters() -> None:
+    message = run_ranks(_step_without_backward, 1)[0]
+    assert "25 of 25 trainable parameters got no gradient" in message and "idle_parameters" in message
+
+
+# ---- weights of others: average, teacher
+
+
+def _outputs(engine: FSDP2, kind: int = ONLINE) -> Tensor:
+    with torch.no_grad():
+        return velocity(engine, own_rows(9, torch.float64), kind)
+
+
+def _plain_output(state: State) -> Tensor:
+    model = toy.ToyBackbone(dtype=torch.float64)
+    model.load_state_dict({name: tensor.double() for name, tensor in state.items()})
+    rows = own_rows(9, torch.float64)
+    with torch.no_grad():
+        return model(rows["x_t"], rows["t"], rows["r"], rows["cond"])
+
+
+def _shared_state(engine: FSDP2, which: str) -> State:
+    box = [engine.full_state(which)]
+    assert (dist.get_rank() == 0) == bool(box[0]), "the full state is rank 0's alone"
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _weights(teacher: str, keep_gathered: bool) -> dict[str, Any]:
+    engine = make_engine(teacher=teacher, keep_gathered=keep_gathered)
+    initial = _outputs(engine)
+    for step in range(3):
+        with torch.no_grad():
+            velocity(engine, own_rows(step, torch.float64), TEACHER)
+        train_step(engine, step, torch.float64, 2)
+    online, average = _outputs(engine), _shared_state(engine, "ema")
+    expected = {"online": _plain_output(_shared_state(engine, "online")), "ema": _plain_output(average)}
+    with engine.weights("ema"):
+        evaluated = _outputs(engine)
+    parts = {p.name: p.local.clone() for p in engine.parts() if p.group == "ema"}
+    return {
+        "initial": initial,
+        "online": online,
+        "evaluated": evaluated,
+        "afterwards": _outputs(engine),
+        "teacher": _outputs(engine, TEACHER),
+        "shares": engine.nets.shares_module,
+        "expected": expected,
+        "parts": len(parts),
+    }
+
+
+@pytest.mark.parametrize(("teacher", "keep"), [("online", False), ("ema", True), ("frozen", False)])
+def test_each_call_computes_with_the_weights_it_names(teacher: str, keep: bool) -> None:
+    for found in run_ranks(_weights, 2, teacher, keep):
+        same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # noqa: E731
+        same(found["online"], found["expected"]["online"])
+        same(found["evaluated"], found["expected"]["ema"])
+        assert torch.equal(found["afterwards"], found["online"])
+        assert (found["online"] - found["evaluated"]).norm() > 1e-3 < (found["online"] - found["initial"]).norm()
+        wanted = {"online": found["online"], "ema": found["evaluated"], "frozen": found["initial"]}[teacher]
+        same(found["teacher"], wanted)
+        assert found["shares"] == (teacher == "online")
+        assert found["parts"] == 25
+
+
+def _mixed_rows() -> str:
+    engine, rows = make_engine(teacher="frozen"), own_rows(0, torch.float64)
+    weights = torch.full((len(rows["t"]),), ONLINE)
+    weights[-1] = TEACHER
+    with pytest.raises(AssertionError) as caught:
+        engine.nets.velocity(rows["x_t"], rows["t"], rows["r"], rows["cond"], weights)
+    return str(caught.value)
+
+
+def test_rows_of_two_separate_modules_in_one_call_are_an_error() -> None:
+    assert "rows of two separate modules" in run_ranks(_mixed_rows, 1)[0]
+
+
+def _noted_passes() -> list[int]:
+    engine = make_engine(teacher="frozen")
+    noted = []
+    for step in range(3):
+        with torch.no_grad():
+            velocity(engine, own_rows(step, torch.float64), TEACHER)
+        train_step(engine, step, torch.float64, 1)
+        state = engine._teacher._get_fsdp_state()  # type: ignore[union-attr, operator]
+        noted.append(len(state._comm_ctx.post_forward_order))
+    return noted
+
+
+def test_passes_of_a_teacher_leave_nothing_behind() -> None:
+    assert run_ranks(_noted_passes, 2) == [[0, 0, 0]] * 2
+
+
+# ---- construction
+
+
+def _from_meta(teacher: str) -> tuple[State, State, Tensor]:
+    source = toy.ToyBackbone(dtype=torch.float64, seed=5)
+    with torch.device("meta"):
+        backbone = toy.ToyBackbone(dtype=torch.float64)
+
+    def load(module: nn.Module) -> None:
+        wanted = source.state_dict()
+        for name, parameter in module.named_parameters():
+            name = name.replace("_checkpoint_wrapped_module.", "")
+            rows = wanted[name].chunk(dist.get_world_size())
+            mine = rows[dist.get_rank()] if dist.get_rank() < len(rows) else wanted[name][:0]
+            with torch.no_grad():
+                parameter.to_local().copy_(mine)  # type: ignore[attr-defined]
+        module.table.copy_(source.table)  # type: ignore[union-attr, operator]
+
+    engine = FSDP2(FSDP2Options(), backbone, OPTIMIZER, Ema(decay=0.9), teacher, load=load)
+    return _shared_state(engine, "online"), _shared_state(engine, "ema"), _outputs(engine, TEACHER) - _outputs(engine)
+
+
+@pytest.mark.parametrize("teacher", ["online", "ema"])
+def test_a_backbone_on_meta_is_loaded_as_shards_before_copies_are_made(teacher: str) -> None:
+    expected = toy.ToyBackbone(dtype=torch.float64, seed=5).state_dict()
+    for online, average, difference in run_ranks(_from_meta, 2, teacher):
+        assert_same(online, expected, 0.0)
+        assert_same(average, expected, 0.0)
+        assert not difference.any()
+
+
+def _refused(options: dict[str, Any], teacher: str, decay: float) -> str:
+    try:
+        FSDP2(FSDP2Options(**options), toy.ToyBackbone(), OPTIMIZER, Ema(decay=decay), teacher)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "teacher", "decay", "message"),
+    [
+        ({"block_dtype": "float16"}, "online", 0.9, "engine.block_dtype is 'float16'"),
+        ({"replicate": 2}, "online", 0.9, "engine.replicate 2 must divide the number of ranks, 1"),
+        ({}, "student", 0.9, "choose online, ema or frozen"),
+        ({}, "ema", 0.0, "set teacher online, or ema.decay"),
+    ],
+)
+def test_options_that_cannot_hold_are_refused_with_the_remedy(
+    options: dict[str, Any], teacher: str, decay: float, message: str
+) -> None:
+    assert message in run_ranks(_refused, 1, options, teacher, decay)[0]
+
+
+def _without_average() -> tuple[set[str], str]:
+    engine = FSDP2(FSDP2Options(), toy.ToyBackbone(), OPTIMIZER, Ema(decay=0.0), "online")
+    train_step(engine, 0, torch.float32, 1)
+    try:
+        with engine.weights("ema"):
+            return set(), ""
+    except ValueError as error:
+        return {p.group for p in engine.parts()}, str(error)
+
+
+def test_decay_zero_keeps_no_average() -> None:
+    groups, message = run_ranks(_without_average, 1)[0]
+    assert groups == {"parameter", "exp_avg", "exp_avg_sq"}
+    assert "set ema.decay above 0" in message

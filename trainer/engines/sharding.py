@@ -1,0 +1,160 @@
+"""How a backbone becomes FSDP2 modules: what is frozen, recomputed, sharded, gathered, and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+_WRAPPER = "_checkpoint_wrapped_module."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """mesh: dimension "shard", before it "replicate" for HSDP. block_dtype, reduce_dtype: float32 | bfloat16."""
+
+    mesh: DeviceMesh
+    block_dtype: str
+    reduce_dtype: str
+    keep_gathered: bool
+
+
+def prepare_parameters(backbone: Any) -> None:
+    """Freeze the idle parameters and hold the others in float32 (float64 in a float64 model) as master weights.
+
+    Idle parameters are frozen before sharding: they would have moments in a loaded optimizer but none in a trained one.
+
+    Raises:
+        ValueError: an idle parameter that the backbone does not have.
+    """
+    parameters = dict(backbone.named_parameters())
+    unknown = [name for name in backbone.idle_parameters() if name not in parameters]
+    if unknown:
+        raise ValueError(f"idle_parameters of {type(backbone).__name__} names unknown parameters: {unknown[:5]}")
+    for name in backbone.idle_parameters():
+        parameters[name].requires_grad_(False)
+    master = torch.float64 if all(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(master)
+
+
+def shard(backbone: Any, layout: Layout, activation_checkpointing: bool = False) -> nn.Module:
+    """Wrap in place: activation checkpointing inside, one FSDP2 unit per shard unit, the rest in the root's unit.
+
+    Blocks compute in block_dtype and the last one (of `shard_units()`, in order of the pass) hands on float32; the root
+    casts nothing, so that times, embeddings and the final projection stay float32 (law 3).
+    """
+    if activation_checkpointing:
+        for name in backbone.checkpoint_units():
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, checkpoint_wrapper(backbone.get_submodule(name)))
+    float64 = next(backbone.parameters()).dtype == torch.float64
+    policy = _block_policy(layout, float64)
+    units = list(backbone.shard_units())
+    for index, unit in enumerate(units):
+        last = index == len(units) - 1 and policy.param_dtype is not None
+        own = replace(policy, output_dtype=torch.float32) if last else policy
+        fully_shard(unit, mesh=layout.mesh, mp_policy=own, reshard_after_forward=not layout.keep_gathered)
+    # The root's unit is small (embeddings, last projection): it is gathered once a step in either mode.
+    root = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(backbone, mesh=layout.mesh, mp_policy=root, reshard_after_forward=False)
+    backbone.set_reshard_after_backward(False, recurse=layout.keep_gathered)
+    for module in _units(backbone):
+        # Gradients are the sum over ranks; gloo knows no scaled reduction, and NCCL needs none.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return backbone
+
+
+def _block_policy(layout: Layout, float64: bool) -> MixedPrecisionPolicy:
+    if float64:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    reduce_dtype = torch.bfloat16 if layout.reduce_dtype == "bfloat16" else torch.float32
+    if layout.block_dtype == "float32":
+        return MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+
+
+def _units(root: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in root.modules() if isinstance(module, FSDPModule))
+
+
+def fill(root: nn.Module, device: torch.device, load: Callable[[nn.Module], None] | None) -> None:
+    """Give meta parameters memory, now that they are shards, and call `load` (where there is one) to fill them.
+
+    Raises:
+        ValueError: parameters on meta and no load.
+    """
+
+    def materialise(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    if any(parameter.is_meta for parameter in root.parameters()):
+        if load is None:
+            raise ValueError("the backbone was built on meta: the engine needs `load` to fill its shards")
+        root._apply(materialise)
+    if load is not None:
+        load(root)
+
+
+def sharded_parameters(root: nn.Module) -> dict[str, DTensor]:
+    """Shards by the backbone's own parameter names; they stay the same objects while units are gathered.
+
+    Only valid while nothing is gathered, as right after sharding.
+    """
+    return {name.replace(_WRAPPER, ""): cast(DTensor, parameter) for name, parameter in root.named_parameters()}
+
+
+def local_part(tensor: DTensor) -> Tensor:
+    """This rank's elements, sharing memory with the shard, outside autograd."""
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+@torch.no_grad()
+def copy_into(target: nn.Module, source: nn.Module) -> None:
+    """Copy the shards of an equally sharded module, and its buffers."""
+    of_source = sharded_parameters(source)
+    for name, shard_ in sharded_parameters(target).items():
+        local_part(shard_).copy_(local_part(of_source[name]))
+    buffers = _named_buffers(source)
+    for name, buffer in _named_buffers(target).items():
+        buffer.copy_(buffers[name])
+
+
+def free_gathered(root: nn.Module) -> None:
+    """Drop gathered parameters of a module that has made a pass; the next pass gathers anew.
+
+    FSDP2 leaves the root gathered after a pass without backward, and notes the order of all passes until the next
+    backward, which a teacher never has; reset_iter_state frees both.
+    """
+    reset = getattr(root, "reset_iter_state", None)  # absent before torch 2.13
+    if reset is not None:
+        reset()
+    for module in _units(root):
+        module.reshard()
+
+
+def shard_start(shape: tuple[int, ...], rank: int, ranks: int) -> int:
+    """Offset in the flattened tensor of a rank's rows: chunks of ceil(n / ranks) rows, as torch.chunk cuts them."""
+    rows = shape[0]
+    first = min(rank * -(-rows // ranks), rows)
+    return first * int(torch.Size(shape[1:]).numel())
+
+
+def persistent_buffers(root: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of the buffers that a saved model holds, by the backbone's own names."""
+    kept = set(root.state_dict(keep_vars=True))
+    buffers = _named_buffers(root)
+    return {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items() if name in kept}
+
+
+def _named_buffers(root: nn.Module) -> dict[str, Tensor]:
+    return {name.replace(_WRAPPER, ""): buffer for name, buffer in root.named_buffers()}

@@ -1,0 +1,96 @@
+"""What a person looks at while a run trains and when it ends: held-out loss, sample grids, the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batch import Batch
+from data.demo import CAPTIONS
+from trainer.generate.evaluate import DigitsYardstick, balanced_labels, flatten_digits
+from trainer.generate.sample import gather, sample, share, write_grid
+from trainer.generate.sampler import preset
+from trainer.observe.metrics import Tally
+from trainer.run import Run, make_targets
+
+
+@dataclass
+class Showcase:
+    """latent_shape: [C, H, W] of what is generated; held_out_batch: this rank's fixed rows of held-out data."""
+
+    latent_shape: tuple[int, int, int]
+    held_out_batch: Batch | None
+    pictures: list[str] = field(default_factory=list)
+
+    @torch.no_grad()
+    def held_out(self, run: Run) -> dict[str, float]:
+        """Loss of held-out samples by role and time, always with the draws of step 0, so that only the model moves it."""
+        if self.held_out_batch is None:
+            return {}
+        tally = Tally(run.engine.device)
+        x, cond, null = run.encoding.encode(self.held_out_batch)
+        targets = make_targets(run, self.held_out_batch, x, cond, null, draw_step=0)
+        size = run.config.train.micro_batch_size
+        for begin in range(0, len(targets), size):
+            loss = run.objective.loss(run.nets, targets[begin : begin + size])
+            tally.add(loss.tally)
+            tally.add_terms({"loss": loss.total})
+        tally.end_step()
+        metrics = {f"held_out/{name}": value for name, value in tally.reduce().items()}
+        run.tracker.metrics(run.step, metrics)
+        return metrics
+
+    def grids(self, run: Run) -> None:
+        """One contact sheet per preset: a row of samples for every prompt, the same noise at every step."""
+        options = run.config.sample
+        if not options.prompts:
+            return
+        captions = [prompt for prompt in options.prompts for _ in range(options.columns)]
+        for name in options.presets:
+            images = self._images(run, captions, name)
+            if images is None:
+                continue
+            path = run.folder.pictures / f"{name}_step{run.step:08d}.png"
+            title = f"{run.config.run.name}, step {run.step}, {name}, {options.weights} weights"
+            write_grid(path, images, options.prompts, title)
+            self.pictures.append(str(path))
+            run.tracker.artifact(path, "pictures")
+
+    def evaluate(self, run: Run) -> dict[str, dict[str, float]]:
+        """Scores of the configured yardstick by number of network evaluations, on rank 0; empty elsewhere."""
+        options = run.config.evaluate
+        if options.name is None:
+            return {}
+        labels = balanced_labels(options.images)
+        captions = [CAPTIONS[label] for label in labels.tolist()]
+        yardstick = DigitsYardstick.bundled() if run.world.rank == 0 else None
+        scores: dict[str, dict[str, float]] = {}
+        for name in tqdm(options.presets, desc="evaluate", disable=run.world.rank != 0):
+            images = self._images(run, captions, name)
+            if images is not None and yardstick is not None:
+                nfe = f"nfe{preset(name).nfe}"
+                scores[nfe] = yardstick.score(flatten_digits(images), labels.numpy())
+                run.tracker.metrics(run.step, {f"{nfe}/{key}": value for key, value in scores[nfe].items()})
+        return scores
+
+    def _images(self, run: Run, captions: Sequence[str], name: str) -> Tensor | None:
+        """Pixels [N, C, H, W] of one sample per caption on rank 0, None elsewhere; all ranks take part."""
+        ids = share(len(captions), run.world.rank, run.world.world_size)
+        with run.stages("sample"), run.engine.weights(run.config.sample.weights):
+            latents = sample(
+                run.nets,
+                run.encoding.prompts([captions[i] for i in ids.tolist()]),
+                self.latent_shape,
+                preset(name),
+                run.config.run.seed,
+                ids,
+                run.engine.device,
+                chunk=run.config.sample.chunk_rows,
+            )
+            pixels = run.encoding.latents.decode(latents)
+        run.nets.drain()
+        return gather(pixels, len(captions))

@@ -1,0 +1,47 @@
+"""Counts what a step asks of the networks: the exact measure beside the noisy clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.objectives.objective import TEACHER, Nets
+
+
+@dataclass
+class PassCounts:
+    """Velocity calls and rows by kind since the last reset."""
+
+    no_grad_passes: int = 0
+    graded_passes: int = 0
+    no_grad_rows: int = 0
+    graded_rows: int = 0
+    teacher_rows: int = 0
+
+
+class CountedNets:
+    """Nets that count their calls; dummy rows count, they cost the same."""
+
+    def __init__(self, nets: Nets) -> None:
+        self._nets = nets
+        self.shares_module = nets.shares_module
+        self.counts = PassCounts()
+
+    def velocity(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Any, weights: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            self.counts.graded_passes += 1
+            self.counts.graded_rows += len(t)
+        else:
+            self.counts.no_grad_passes += 1
+            self.counts.no_grad_rows += len(t)
+        if weights is not None:
+            self.counts.teacher_rows += int((weights == TEACHER).sum())
+        return self._nets.velocity(x_t, t, r, cond, weights)
+
+    def drain(self) -> PassCounts:
+        """Counts since the last call."""
+        counts, self.counts = self.counts, PassCounts()
+        return counts
