@@ -61,7 +61,12 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested values (tuples as lists), secrets redacted."""
-    return _redact(json.loads(json.dumps(dataclasses.asdict(config))))
+    return _redact(json_value(dataclasses.asdict(config)))
+
+
+def json_value(value: Any) -> Any:
+    """The value as JSON holds it: tuples become lists."""
+    return json.loads(json.dumps(value))
 
 
 def to_yaml(config: Config) -> str:

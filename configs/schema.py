@@ -157,6 +157,10 @@ class Runtime:
     """Allow TF32 in float32 matrix products on GPUs."""
     matmul_precision: str = "high"
     """highest | high | medium: torch.set_float32_matmul_precision."""
+    port: int | None = None
+    """TCP port of the ranks' rendezvous on this machine; null: a free one."""
+    stop_timeout_s: float = 600.0
+    """Longest time for the last step and the save after a request to stop [s]."""
     collective_timeout_s: float = 600.0
     """A collective that waits longer ends the run [s]."""
 

@@ -34,15 +34,16 @@ class ShardCache:
         self.directory = Path(directory or Path(tempfile.gettempdir()) / "twinflow-cache").expanduser().absolute()
         self.max_bytes = max_bytes
 
-    def open(self, folder: Folder, name: str, size: int, etag: str | None = None) -> BinaryIO:
+    def open(self, folder: Folder, name: str, size: int, *, etag: str | None = None, version: str = "") -> BinaryIO:
         """The object opened for reading, fetched first where needed. An open file survives its eviction.
 
-        size: bytes that it has according to the manifest. Raises DataError where it has not, cannot be fetched, or
-        does not fit.
+        size: bytes that it has according to the manifest; etag: the one that the store must have; version: what else
+        tells it from an earlier object of the same name, which may still lie in the cache. Raises DataError where the
+        object has another size, cannot be fetched, or does not fit.
         """
         if local := folder.local_path(name):
             return _open_local(local, size)
-        path = self._path(folder, name, size, etag)
+        path = self._path(folder.identity, name, str(size), etag or "", version)
         if (file := _open_used(path)) is not None:
             return file
         self._make_directory()
@@ -114,9 +115,8 @@ class ShardCache:
                 return False
             return True
 
-    def _path(self, folder: Folder, name: str, size: int, etag: str | None) -> Path:
-        identity = "\n".join((folder.identity, name, str(size), etag or ""))
-        return self.directory / f"{hashlib.sha256(identity.encode()).hexdigest()[:40]}.object"
+    def _path(self, *identity: str) -> Path:
+        return self.directory / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:40]}.object"
 
     def _lock_of(self, path: Path) -> str:
         return f"{int(path.name[:8], 16) % _LOCKS:02x}"

@@ -20,11 +20,12 @@ from data.manifest import Manifest, Shard
 from data.order import Order
 from data.s3 import DataError, Folder, open_folder
 from data.samples import Sample, read_sample
-from data.workers import Progress, worker_context
+from data.workers import Progress, obey, worker_context
 
 log = logging.getLogger(__name__)
 
 _INDEXES = 512
+_PATIENCE_S = 2.0
 
 
 class Loader:
@@ -86,7 +87,11 @@ class Loader:
         if self.workers:
             context = worker_context()
             progress = Progress(context, self.workers)
-            options = {"multiprocessing_context": context, "prefetch_factor": self.prefetch}
+            options = {
+                "multiprocessing_context": context,
+                "prefetch_factor": self.prefetch,
+                "worker_init_fn": obey,
+            }
         self._dataset.progress = progress
         loader = DataLoader(
             self._dataset,
@@ -99,24 +104,31 @@ class Loader:
         return self._batches(iter(loader), progress)
 
     def _batches(self, batches: Iterator[Batch | _Failure], progress: Progress | None) -> Iterator[Batch]:
-        for step in self.steps:
-            began = time.perf_counter()
-            try:
-                batch = next(batches)
-            except RuntimeError as error:
-                raise self._explained(error, progress, step) from error
-            self.last_wait_s = time.perf_counter() - began
-            self.total_wait_s += self.last_wait_s
-            if isinstance(batch, _Failure):
-                raise DataError(batch.message)
-            yield batch
+        try:
+            for step in self.steps:
+                began = time.perf_counter()
+                try:
+                    batch = next(batches)
+                except (RuntimeError, OSError, EOFError) as error:
+                    raise self._explained(error, progress, step) from error
+                self.last_wait_s = time.perf_counter() - began
+                self.total_wait_s += self.last_wait_s
+                if isinstance(batch, _Failure):
+                    raise DataError(batch.message)
+                yield batch
+        finally:
+            # A traceback may hold this frame for long; the loader processes end now.
+            del batches
 
-    def _explained(self, error: RuntimeError, progress: Progress | None, step: int) -> Exception:
+    def _explained(self, error: Exception, progress: Progress | None, step: int) -> Exception:
         """The error itself, or what a loader process that died was doing."""
-        if progress is None or "exited unexpectedly" not in str(error):
+        # A batch that the dead process had ready shows as a broken connection: its memory is handed over on arrival.
+        broken = isinstance(error, OSError | EOFError) or "exited unexpectedly" in str(error)
+        if progress is None or not broken:
             return error
+        dead = progress.dead(_PATIENCE_S)
         shards = self._dataset.manifest.shards
-        said = [f"process {r.pid} at step {r.step}, shard {shards[r.shard].url}" for r in progress.dead()]
+        said = [f"process {r.pid} at step {r.step}, shard {shards[r.shard].url}" for r in dead]
         return DataError(
             f"rank {self._dataset.rank}: a loader process died while step {step} was awaited "
             f"({'; '.join(said) or 'before its first sample'}); most often the machine ran out of memory: "
@@ -179,7 +191,8 @@ class _Steps(Dataset[Any]):
 
     def _samples(self, number: int, indices: list[int]) -> Iterator[Sample]:
         shard, index = self.manifest.shards[number], self._index(number)
-        with self.cache.open(self.folders[shard.folder], shard.name, shard.bytes, shard.etag) as file:
+        folder, version = self.folders[shard.folder], shard.index_sha256
+        with self.cache.open(folder, shard.name, shard.bytes, etag=shard.etag, version=version) as file:
             for i in indices:
                 yield read_sample(file.fileno(), shard, index, i, self.manifest.channels)
 
@@ -189,7 +202,7 @@ class _Steps(Dataset[Any]):
             return self._indexes[number]
         shard = self.manifest.shards[number]
         folder = self.folders[shard.folder]
-        with self.cache.open(folder, shard.index_name, shard.index_bytes, shard.index_sha256) as file:
+        with self.cache.open(folder, shard.index_name, shard.index_bytes, version=shard.index_sha256) as file:
             self._indexes[number] = parse_index(file.read(), shard)
         if len(self._indexes) > _INDEXES:
             self._indexes.popitem(last=False)

@@ -6,6 +6,8 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
@@ -30,18 +32,21 @@ class Progress:
     def note(self, worker: int, step: int, shard: int) -> None:
         self._table[worker * 3 : worker * 3 + 3] = [os.getpid(), step, shard]
 
-    def dead(self) -> list[Reading]:
-        """Last readings of the processes that have begun one and live no more."""
+    def dead(self, patience_s: float) -> list[Reading]:
+        """Last readings of the processes that have begun one and live no more; waits a while for the first."""
         rows = [Reading(*self._table[i : i + 3]) for i in range(0, len(self._table), 3)]
-        return [row for row in rows if row.pid and not _alive(row.pid)]
+        deadline = time.monotonic() + patience_s
+        while not (dead := [row for row in rows if row.pid and not _alive(row.pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return dead
 
 
 def worker_context() -> Any:
     """Multiprocessing context whose processes fork from a server that is clean of this process's threads, sockets
     and device.
 
-    Signals are blocked in the server and inherited so: a signal to the whole process group leaves loaders alone, and
-    they end with their rank.
+    Signals are blocked in the server and inherited so: a signal to the whole process group leaves loaders alone. They
+    end with their rank, or when it asks: see `obey`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data.loader"])
@@ -53,6 +58,28 @@ def worker_context() -> Any:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def obey(worker: int) -> None:
+    """Let this loader process end with its rank, or on a SIGTERM from it and from no other sender; returns at once.
+
+    The rank sends one at its exit to processes that it could not dismiss, and then waits for them. A rank that is
+    killed sends nothing: neither does the server end, whose life line the loader processes hold open.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+
+    def await_request() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank.pid:
+            pass
+        os._exit(0)
+
+    def await_death() -> None:
+        rank.join()
+        os._exit(1)
+
+    for duty in (await_request, await_death):
+        threading.Thread(target=duty, daemon=True).start()
 
 
 def _alive(pid: int) -> bool:

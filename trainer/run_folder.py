@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import load as configuration
+from configs.folders import OURS, refuse_foreign, run_folder, unused
 from configs.schema import Config
 
 
@@ -36,10 +37,6 @@ class RunFolder:
         write_json(self.path / "status.json", {"state": state, "step": step, "message": message, **more})
 
 
-def folder_of(config: Config) -> Path:
-    return Path(config.run.dir) if config.run.dir else Path("outputs") / config.run.name
-
-
 def open_run(
     config: Config, data_identity: dict[str, Any], world_size: int, fresh: bool, allow_change: Sequence[str]
 ) -> RunFolder:
@@ -47,17 +44,15 @@ def open_run(
 
     Raises RunRefused with every difference of identity that allow_change does not name.
     """
-    path = _unused(folder_of(config)) if fresh else folder_of(config)
-    record = path / "run.json"
+    path = unused(run_folder(config)) if fresh else run_folder(config)
+    record = path / OURS
     identity = {**configuration.identity(config), "data_order": data_identity}
     circumstance = {**configuration.circumstance(config), "world_size": world_size}
     if record.exists():
         earlier = json.loads(record.read_text())
         _refuse_changes(path, earlier["identity"], identity, allow_change)
-    elif path.exists() and any(entry.name != "logs" for entry in path.iterdir() if entry.name != "config.yaml"):
-        raise RunRefused(
-            f"{path} exists and is not a run of this trainer (no run.json); choose another run.name or run.dir, or --fresh"
-        )
+    else:
+        refuse_foreign(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "pictures").mkdir(exist_ok=True)
     configuration.save(config, path / "config.yaml")
@@ -78,13 +73,6 @@ def _finished(path: Path, steps: int) -> bool:
         return False
     content = json.loads(status.read_text())
     return content["state"] == "finished" and content["step"] >= steps
-
-
-def _unused(path: Path) -> Path:
-    number, candidate = 2, path
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
 
 
 def _refuse_changes(path: Path, earlier: Any, identity: Any, allow_change: Sequence[str]) -> None:

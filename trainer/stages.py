@@ -49,4 +49,4 @@ class Stages:
 
 def _is_memory(error: BaseException) -> bool:
     # The CPU allocator raises a plain RuntimeError; its text is the only mark.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from configs import load as configuration
+from configs.folders import ForeignFolder
 from configs.schema import Config
 from data.manifest import read_manifest
 from data.s3 import DataError
@@ -86,7 +87,7 @@ def agree_on_folder(
     if world.rank == 0:
         try:
             outcome[0] = run_folder.open_run(config, data_order, world.world_size, fresh, allow)
-        except (RunRefused, OSError) as error:
+        except (RunRefused, ForeignFolder, OSError) as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -136,9 +137,10 @@ def test_impossible_cuts_are_refused(order: Order, manifest: Manifest) -> None:
         Loader(order, Manifest(manifest.shards[:5], 1), steps=1)
 
 
+@pytest.mark.slow
 def test_a_loader_process_that_dies_names_step_and_shard(digits_folder: Path, tmp_path: Path) -> None:
     script = """
-import os, signal, sys, threading, time, multiprocessing
+import multiprocessing, os, signal, subprocess, sys
 from data.loader import Loader
 from data.manifest import read_manifest
 from data.order import Order
@@ -146,9 +148,10 @@ if __name__ == "__main__":
     manifest = read_manifest(sys.argv[1])
     loader = Loader(Order(manifest, seed=0, global_batch_size=120), manifest, steps=4, workers=1)
     batches = iter(loader)
-    # Signals to the group are for the rank alone.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
+    # A signal to the group is for the rank alone.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+        subprocess.run(["kill", f"-{number.name}", f"-{os.getpgrp()}"], check=True)
     next(batches)
     worker, = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
@@ -172,3 +175,34 @@ if __name__ == "__main__":
     assert "DataError: rank 0: a loader process died while step" in last
     assert f"process {done.stdout.strip()} at step" in last
     assert "/digits-0000" in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "raise KeyError"])
+def test_loader_processes_end_with_a_rank_that_is_killed_or_fails(
+    digits_folder: Path, tmp_path: Path, end: str
+) -> None:
+    script = f"""
+import multiprocessing, os, signal, sys
+from data.loader import Loader
+from data.manifest import read_manifest
+from data.order import Order
+if __name__ == "__main__":
+    manifest = read_manifest(sys.argv[1])
+    batches = iter(Loader(Order(manifest, seed=0, global_batch_size=120), manifest, steps=1000, workers=1))
+    next(batches)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    {end}
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    arguments = [sys.executable, str(path), str(digits_folder / "train")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        worker = int(rank.stdout.readline())
+        assert rank.wait(timeout=60) != 0
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{worker}")

@@ -40,7 +40,7 @@ contents = st.lists(
 @st.composite
 def orders(draw: st.DrawFn) -> Order:
     manifest = draw(contents)
-    size = draw(st.integers(1, 12))
+    size = draw(st.integers(2, 12) if draw(st.integers(0, 9)) else st.just(1))
     lanes = draw(st.sampled_from([None, *(n for n in range(1, size + 1) if size % n == 0)]))
     seed = draw(st.integers(-(2**70), 2**70))
     return Order(manifest, seed=seed, global_batch_size=size, lanes=lanes, small_buckets="repeat")
@@ -54,7 +54,7 @@ def pairs(order: Order, steps: range) -> list[tuple[int, int, int]]:
     return found
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(order=orders(), epochs=st.integers(1, 3))
 def test_every_epoch_ends_with_exactly_the_stated_prefix_of_each_stream(order: Order, epochs: int) -> None:
     size = order.global_batch_size
@@ -74,7 +74,7 @@ def test_every_epoch_ends_with_exactly_the_stated_prefix_of_each_stream(order: O
             assert all(0 <= index < samples[shard] for _, shard, index in mine)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(order=orders())
 def test_lanes_change_the_order_within_an_epoch_but_not_its_samples(order: Order) -> None:
     """With one lane a stream is read position by position, so its samples are the first of the permutation."""
@@ -91,7 +91,7 @@ def test_lanes_change_the_order_within_an_epoch_but_not_its_samples(order: Order
     assert set(mine) == set(theirs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(order=orders(), step=st.integers(0, 10**9))
 def test_any_step_is_found_directly_and_in_a_fresh_process(order: Order, step: int) -> None:
     fresh = pickle.loads(pickle.dumps(order))

@@ -101,15 +101,16 @@ class Sender(threading.Thread):
         wait = _POLL_S
         while not self._abandoned.is_set():
             self._news.clear()
+            last_look = self._draining.is_set()  # read before looking: the final entries are written before it is set
             try:
-                moved = self._deliver()
+                moved = self._deliver(last_look)
                 wait = _POLL_S
             except Exception as error:  # whatever the client or the server comes up with, training goes on
                 self._warn(error)
                 self._abandoned.wait(_POLL_S if self._draining.is_set() else wait)
                 wait = min(2 * wait, _LONGEST_WAIT_S)
                 continue
-            if not moved and self._draining.is_set():
+            if not moved and last_look:
                 return
             if not moved:
                 self._news.wait(_POLL_S)
@@ -117,11 +118,10 @@ class Sender(threading.Thread):
     def _all_sent(self) -> bool:
         return not self.state.late and next(journal.read(self._run_dir, self.state.sent), None) is None
 
-    def _deliver(self) -> bool:
+    def _deliver(self, draining: bool) -> bool:
         """Send the next entries; False where nothing was waiting."""
-        retry_late = bool(self.state.late) and (
-            self._draining.is_set() or time.monotonic() - self._late_tried >= _WARN_EVERY_S
-        )
+        due = draining or time.monotonic() - self._late_tried >= _WARN_EVERY_S
+        retry_late = bool(self.state.late) and due
         if not retry_late and next(journal.read(self._run_dir, self.state.sent), None) is None:
             return False
         try:

@@ -382,6 +382,18 @@ def _without_average() -> tuple[set[str], str]:
         return {p.group for p in engine.parts()}, str(error)
 
 
+def _without_average_kept_gathered() -> tuple[Tensor, Tensor]:
+    options = FSDP2Options(keep_gathered=True)
+    engine = FSDP2(options, toy.ToyBackbone(dtype=torch.float64), OPTIMIZER, Ema(decay=0.0), "online")
+    train_step(engine, 0, torch.float64, 2)
+    return _outputs(engine), _plain_output(_shared_state(engine, "online"))
+
+
+def test_the_pass_after_an_update_sees_it_when_no_average_moves() -> None:
+    for found, expected in run_ranks(_without_average_kept_gathered, 2):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_decay_zero_keeps_no_average() -> None:
     groups, message = run_ranks(_without_average, 1)[0]
     assert groups == {"parameter", "exp_avg", "exp_avg_sq"}

@@ -181,6 +181,28 @@ def test_a_run_deleted_on_the_server_is_made_anew_from_the_whole_journal(tmp_pat
     assert State.load(tmp_path, "http://server:5000", "exp").token != token
 
 
+def test_entries_written_while_the_sender_looks_are_not_lost_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, writer, real_deliver = Server(), Journal(tmp_path), Sender._deliver
+    looked, go_on = threading.Event(), threading.Event()
+
+    def finds_nothing_and_dawdles(self: Sender, draining: bool) -> bool:
+        moved = real_deliver(self, draining)
+        if not looked.is_set():
+            looked.set()
+            go_on.wait(20)
+        return moved
+
+    monkeypatch.setattr(Sender, "_deliver", finds_nothing_and_dawdles)
+    sender = start(tmp_path, server)
+    assert looked.wait(20)
+    writer.append("status", status="FINISHED")
+    threading.Timer(0.2, go_on.set).start()  # drain is called before the sender decides whether to end
+    assert sender.drain(20.0)
+    assert server.statuses == ["FINISHED"]
+
+
 def test_another_destination_gets_the_whole_journal(tmp_path: Path) -> None:
     first, second = Server(), Server()
     record(tmp_path, range(3))

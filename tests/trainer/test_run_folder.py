@@ -1,0 +1,80 @@
+"""What may continue in a run's folder, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import load as configuration
+from configs.folders import ForeignFolder
+from configs.schema import Config
+from trainer.run_folder import RunRefused, open_run, write_json
+
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
+ORDER: dict[str, Any] = {"manifest": "abc", "seed": 42}
+
+
+def config(path: Path, *overrides: str) -> Config:
+    return configuration.load([SMOKE], [f"run.dir={path}", *overrides])
+
+
+def start(path: Path, *overrides: str, allow: tuple[str, ...] = (), fresh: bool = False, order: Any = ORDER) -> Any:
+    return open_run(config(path, *overrides), order, 2, fresh=fresh, allow_change=allow)
+
+
+def test_the_same_run_goes_on_and_its_configuration_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert start(path).path == start(path).path == path
+    assert configuration.load([path / "config.yaml"]) == config(path)
+
+
+def test_another_experiment_is_refused_with_every_difference(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    start(path)
+    with pytest.raises(RunRefused, match=r"objective.order: 2 -> 1\n.*optimizer.learning_rate: 0.001 -> 0.0002"):
+        start(path, "objective.order=1", "optimizer.learning_rate=2e-4")
+    with pytest.raises(RunRefused, match=r"data_order.manifest: abc -> xyz"):
+        start(path, order={**ORDER, "manifest": "xyz"})
+
+
+def test_a_named_change_and_circumstances_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    start(path)
+    start(path, "train.steps=2000", allow=("train.steps",))
+    start(path, "train.steps=2000", "train.micro_batch_size=8", "engine.keep_gathered=false", "runtime.threads=2")
+    with pytest.raises(RunRefused, match="train.steps: 2000 -> 1500"):
+        start(path)
+
+
+def test_fresh_starts_beside_and_overwrites_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    first = start(path)
+    (first.path / "note.txt").write_text("mine")
+    assert start(path, "objective.order=1", fresh=True).path == tmp_path / "run-2"
+    assert start(path, "objective.order=1", fresh=True).path == tmp_path / "run-3"
+    assert (path / "note.txt").read_text() == "mine"
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("not a run")
+    with pytest.raises(ForeignFolder, match="not a run of this trainer"):
+        start(tmp_path)
+
+
+def test_a_run_is_finished_when_its_last_step_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = start(path)
+    assert not run.finished
+    run.write_status("finished", 1500, "done")
+    assert start(path).finished
+    assert not start(path, "train.steps=1600", allow=("train.steps",)).finished
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
