@@ -51,6 +51,7 @@ def permute(index: Integers, size: Integers, key: Words) -> Integers:
 
     index, size: int64 [R] with 0 <= index < size < 2**53; key: uint64 [R] or [1]. Returns int64 [R].
     """
+    assert ((index >= 0) & (index < size)).all(), "an index outside its domain may walk for ever"
     key = np.broadcast_to(key, index.shape)
     # frexp gives the bit length of size - 1, the smallest power of two that holds the domain.
     bits = np.maximum(np.frexp((size - 1).astype(np.float64))[1], _LEAST_BITS).astype(np.uint64)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -193,7 +193,7 @@ def _load(settings: list[str]) -> Config:
         _fail(str(error))
 
 
-def _fail(message: str) -> Any:
+def _fail(message: str) -> NoReturn:
     errors.print(Panel(message, title="cannot start", border_style="red", title_align="left"))
     raise typer.Exit(2)
 

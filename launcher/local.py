@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,11 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
+import psutil
+
 from launcher.job import Job, environment, torchrun
 
 POLL_S = 0.1
 DEATH_GRACE_S = 15.0
 """After a rank has died the others fail at their next collective; what still hangs after this time is killed."""
+_CLOSING = b"closing signal"  # what torchrun says first when it ends the other ranks after a death
 _DIED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 
 
@@ -70,17 +74,17 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._kill()
+            self._kill(torchrun_too=True)
         return Outcome(code, self.asked, _first_death(own))
 
     def _follow(self, own: Path) -> int:
         deadline = None
         while (code := self.process.poll()) is None:
             self._show_rank_0()
-            if deadline is None and not self.asked and _first_death(own) is not None:
+            if deadline is None and not self.asked and _CLOSING in own.read_bytes():
                 deadline = time.monotonic() + DEATH_GRACE_S
             if deadline is not None and time.monotonic() > deadline:
-                self._kill()
+                self._kill(torchrun_too=False)  # it still has to say which rank died
             time.sleep(POLL_S)
         self._show_rank_0()
         return code
@@ -100,17 +104,22 @@ class Runner:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             print("\nending all ranks now, without saving", file=sys.stderr, flush=True)
-            self._kill()
+            self._kill(torchrun_too=True)
             return
         self.asked = number
         print("\nasked to stop: finishing the step and saving; once more ends at once", file=sys.stderr, flush=True)
         self.process.send_signal(signal.SIGTERM)
 
-    def _kill(self) -> None:
+    def _kill(self, torchrun_too: bool) -> None:
+        """SIGKILL to the ranks and all that they started; torchrun gives every rank a session of its own."""
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
+            own = psutil.Process(self.process.pid)
+            doomed = [*own.children(recursive=True), *([own] if torchrun_too else [])]
+        except psutil.NoSuchProcess:
             return
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def rank_log(log_dir: Path, local_rank: int, name: str) -> Path | None:

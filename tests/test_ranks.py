@@ -48,5 +48,6 @@ def test_the_failing_ranks_traceback_is_raised_and_the_next_call_works() -> None
 def test_a_dead_rank_and_a_hanging_rank_end_the_call() -> None:
     with pytest.raises(RankFailedError, match="rank 1 of 2:\nthe process died with exit code 7"):
         run_ranks(_die_on_rank_one, 2)
+    assert run_ranks(_sum_of_ranks, 2, 0) == [(0, 1), (1, 1)]  # new ranks, started outside the short timeout below
     with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
         run_ranks(_sleep_on_rank_one, 2, timeout=5)

@@ -44,6 +44,8 @@ def fit(run: Run) -> bool:
                     run.showcase.grids(run)
                 if due(run.step, config.checkpoint.every) and run.step < config.train.steps:
                     save(run)
+        if recent.keys:
+            log(run, tally, clock, recent, bar)
     save(run)
     return run.step == config.train.steps
 

@@ -31,6 +31,7 @@ class ResidualMLP(nn.Module):
 
     Fourier features (6 octaves from pi/2) of the signed t and of r, beside the raw times, pass a two-layer SiLU MLP; a
     class embedding is added, and the sum sets shift, scale and gate of every residual block. The output starts at zero.
+    A norm before the output makes the consistency loss unstable: a step of Adam then moves the velocity too far.
     """
 
     frequencies: Tensor
@@ -50,8 +51,8 @@ class ResidualMLP(nn.Module):
         """x_t: [B, dim]; t, r: [B] in [-1, 1]; labels: [B] int64. The velocity [B, dim]."""
         times = torch.stack([t, r], dim=1)
         angles = (times[:, :, None] * self.frequencies).flatten(1)
-        condition = F.silu(self.time(torch.cat([times, angles.sin(), angles.cos()], dim=1)) + self.label(labels))
+        condition = self.time(torch.cat([times, angles.sin(), angles.cos()], dim=1)) + self.label(labels)
         h = self.embed(x_t)
         for block in self.blocks:
             h = block(h, condition)
-        return self.out(F.layer_norm(h, h.shape[-1:]))
+        return self.out(h)

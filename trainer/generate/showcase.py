@@ -31,14 +31,14 @@ class Showcase:
         """Loss of held-out samples by role and time, always with the draws of step 0, so that only the model moves it."""
         if self.held_out_batch is None:
             return {}
-        tally = Tally(run.engine.device)
+        tally, size = Tally(run.engine.device), run.config.train.micro_batch_size
         x, cond, null = run.encoding.encode(self.held_out_batch)
-        targets = make_targets(run, self.held_out_batch, x, cond, null, draw_step=0)
-        size = run.config.train.micro_batch_size
-        for begin in range(0, len(targets), size):
-            loss = run.objective.loss(run.nets, targets[begin : begin + size])
-            tally.add(loss.tally)
-            tally.add_terms({"loss": loss.total})
+        with run.nets.aside():
+            targets = make_targets(run, self.held_out_batch, x, cond, null, draw_step=0)
+            for begin in range(0, len(targets), size):
+                loss = run.objective.loss(run.nets, targets[begin : begin + size])
+                tally.add(loss.tally)
+                tally.add_terms({"loss": loss.total})
         tally.end_step()
         metrics = {f"held_out/{name}": value for name, value in tally.reduce().items()}
         run.tracker.metrics(run.step, metrics)
@@ -80,7 +80,7 @@ class Showcase:
     def _images(self, run: Run, captions: Sequence[str], name: str) -> Tensor | None:
         """Pixels [N, C, H, W] of one sample per caption on rank 0, None elsewhere; all ranks take part."""
         ids = share(len(captions), run.world.rank, run.world.world_size)
-        with run.stages("sample"), run.engine.weights(run.config.sample.weights):
+        with run.stages("sample"), run.nets.aside(), run.engine.weights(run.config.sample.weights):
             latents = sample(
                 run.nets,
                 run.encoding.prompts([captions[i] for i in ids.tolist()]),
@@ -92,5 +92,4 @@ class Showcase:
                 chunk=run.config.sample.chunk_rows,
             )
             pixels = run.encoding.latents.decode(latents)
-        run.nets.drain()
         return gather(pixels, len(captions))

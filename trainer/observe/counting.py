@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,15 @@ class CountedNets:
         if weights is not None:
             self.counts.teacher_rows += int((weights == TEACHER).sum())
         return self._nets.velocity(x_t, t, r, cond, weights)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the context nothing is counted: held-out loss and sampling are not part of a step."""
+        kept, self.counts = self.counts, PassCounts()
+        try:
+            yield
+        finally:
+            self.counts = kept
 
     def drain(self) -> PassCounts:
         """Counts since the last call."""

@@ -48,6 +48,7 @@ def test_all_ranks_hear_the_same_stop_error_and_counts() -> None:
 
 
 def _agree_without_rank_one() -> None:
+    dist.barrier()
     agreement = Agreement(2)
     if dist.get_rank() == 1:
         time.sleep(4)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from launcher.cli import app
+
+SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "250"})
+
+
+@pytest.mark.parametrize("verb", [(), ("train",), ("config",), ("data", "demo"), ("model", "tiny"), ("config", "diff")])
+def test_every_verb_has_help(verb: tuple[str, ...]) -> None:
+    result = invoke(*verb, "--help")
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_check_says_ok_or_what_is_wrong() -> None:
+    assert "ok: run smoke" in invoke("config", "check", SMOKE).output
+    result = invoke("config", "check", SMOKE, "train.stps=1")
+    assert result.exit_code == 2 and "did you mean train.steps" in result.output
+
+
+def test_show_lists_every_knob_with_type_default_and_meaning() -> None:
+    output = invoke("config", "show", SMOKE).output
+    for key in (
+        "train.steps",
+        "objective.order",
+        "engine.block_dtype",
+        "model.latents",
+        "optimizer.betas",
+        "guidance.scale",
+    ):
+        assert key in output
+    assert "Seed of the sample order" in output and "required" in output
+    assert "steps: 7" in invoke("config", "show", SMOKE, "train.steps=7", "schedule.warmup_steps=1", "--yaml").output
+
+
+def test_diff_marks_what_defines_the_experiment(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(SMOKE).read_text().replace("order: 2", "order: 1").replace("threads: 1", "threads: 2"))
+    output = invoke("config", "diff", SMOKE, str(other)).output
+    assert "the experiment" in output and "circumstances" in output
+    assert "no difference" in invoke("config", "diff", SMOKE, SMOKE).output
+
+
+def test_train_refuses_a_folder_of_something_else_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    result = invoke("train", SMOKE, f"run.dir={tmp_path}")
+    assert result.exit_code == 2 and "not a run of this trainer" in result.output
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
