@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-import signal
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 
 from configs import knobs, load
@@ -20,6 +19,7 @@ from configs.folders import ForeignFolder, refuse_foreign, run_folder, unused
 from configs.schema import Config
 from launcher import local
 from launcher.job import Job, processes, threads
+from launcher.report import consoles, refuse, report
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": "markdown"}
@@ -30,7 +30,7 @@ model_app = typer.Typer(help="Make models.", **HELP)  # type: ignore[arg-type]
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
-console, errors = Console(), Console(stderr=True)
+console, _ = consoles()
 
 Settings = Annotated[
     list[str],
@@ -56,70 +56,41 @@ def train(
     folder = unused(run_folder(config)) if fresh else run_folder(config)
     try:
         refuse_foreign(folder)
-    except ForeignFolder as error:
-        _fail(str(error))
-    logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
-    logs.mkdir(parents=True, exist_ok=True)
-    resolved = logs / "config.yaml"
-    config.run.dir = str(folder)
-    load.save(config, resolved)
-    nproc = processes(config.runtime.nproc, local.count_gpus())
-    changes = [argument for key in allow_change for argument in ("--allow-change", key)]
-    job = Job(
+        logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
+        logs.mkdir(parents=True, exist_ok=True)
+        load.save(config, logs / "config.yaml")
+        with local.sole_owner(folder):
+            job = training_job(config, settings, allow_change, folder, logs)
+            stamp = local.status_stamp(folder)
+            outcome = local.Runner(job).run()
+    except (ForeignFolder, local.LaunchError, OSError) as error:
+        _fail("cannot start", str(error))
+    raise typer.Exit(report(outcome, job, folder, resume_command(config, settings, folder), stamp))
+
+
+def training_job(config: Config, settings: list[str], allow_change: list[str], folder: Path, logs: Path) -> Job:
+    """Ranks that load the same files and overrides. They do not get the resolved file: secrets are redacted in it."""
+    files, overrides = _split(settings)
+    arguments = [part for file in files for part in ("--config", file)]
+    arguments += [part for key in allow_change for part in ("--allow-change", key)]
+    wanted = config.runtime
+    nproc = wanted.nproc or processes(None, local.count_gpus())
+    return Job(
         module="trainer.train",
-        arguments=("--config", str(resolved), *changes),
+        arguments=(*arguments, *overrides, f"run.dir={json.dumps(str(folder))}"),
         nproc=nproc,
-        threads=threads(config.runtime.threads, os.cpu_count() or 1, nproc),
+        threads=threads(wanted.threads, os.cpu_count() or 1, nproc),
         log_dir=logs,
         root=ROOT,
-        port=config.runtime.port or 0,
-        stop_timeout_s=config.runtime.stop_timeout_s,
+        port=wanted.port or 0,
+        stop_timeout_s=wanted.stop_timeout_s,
     )
-    try:
-        outcome = local.Runner(job).run()
-    except local.LaunchError as error:
-        _fail(str(error))
-    raise typer.Exit(report(outcome, job, folder, " ".join(["twinflow train", *settings])))
 
 
-def report(outcome: local.Outcome, job: Job, folder: Path, command: str) -> int:
-    """Print how the run ended and where its results are; the exit code."""
-    status = local.read_status(folder)
-    state = status.get("state", "not started")
-    if outcome.signal and state == "stopped":
-        console.print(_panel("stopped and saved", "yellow", status, folder, f"Go on with: {command}"))
-        return 128 + outcome.signal
-    if outcome.code == 0 and state == "finished":
-        console.print(_panel("finished", "green", status, folder, ""))
-        return 0
-    if outcome.code == 0 and state == "stopped":  # a rank was asked directly, not through this process
-        console.print(_panel("stopped and saved", "yellow", status, folder, f"Go on with: {command}"))
-        return 128 + signal.SIGTERM
-    errors.print(Panel(_death(outcome, job), title=f"run failed ({folder})", border_style="red", title_align="left"))
-    return 128 + outcome.signal if outcome.signal else 1
-
-
-def _death(outcome: local.Outcome, job: Job) -> str:
-    if outcome.died is None:
-        return f"torchrun ended with status {outcome.code}\n{local.last_lines(job.log_dir / 'torchrun.log')}\nlogs: {job.log_dir}"
-    rank, code = outcome.died
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    hint = "; the kernel kills a process when memory runs out, see its log" if code == -signal.SIGKILL else ""
-    own = local.rank_log(job.log_dir, rank, "stderr")
-    return f"rank {rank} {how}{hint}\n\n{local.last_lines(own)}\n\nits output: {own}\nThe same command resumes from the last checkpoint."
-
-
-def _panel(title: str, color: str, status: dict[str, Any], folder: Path, more: str) -> Panel:
-    mlflow = status.get("mlflow") or {}
-    lines = [
-        status.get("message", ""),
-        f"run         {folder}",
-        f"checkpoint  {status.get('checkpoint')}",
-        *[f"picture     {picture}" for picture in status.get("pictures", [])],
-    ]
-    if mlflow.get("run_id"):
-        lines.append(f"MLflow      mlflow ui --backend-store-uri {mlflow['uri']}   (run {mlflow['run_id']})")
-    return Panel("\n".join([*lines, *filter(None, [more])]), title=title, border_style=color, title_align="left")
+def resume_command(config: Config, settings: list[str], folder: Path) -> str:
+    """The command that goes on with this very folder, also where --fresh chose it."""
+    here = [] if folder == run_folder(config) else [f"run.dir={folder}"]
+    return shlex.join(["twinflow", "train", *settings, *here])
 
 
 @config_app.command()
@@ -186,15 +157,19 @@ def all_knobs(config: Config) -> dict[str, list[knobs.Knob]]:
 
 
 def _load(settings: list[str]) -> Config:
-    files = [text for text in settings if "=" not in text]
     try:
-        return load.load(files, [text for text in settings if "=" in text])
+        return load.load(*_split(settings))
     except load.ConfigError as error:
-        _fail(str(error))
+        _fail("configuration refused", str(error))
 
 
-def _fail(message: str) -> NoReturn:
-    errors.print(Panel(message, title="cannot start", border_style="red", title_align="left"))
+def _split(settings: list[str]) -> tuple[list[str], list[str]]:
+    """Files, overrides."""
+    return [text for text in settings if "=" not in text], [text for text in settings if "=" in text]
+
+
+def _fail(title: str, message: str) -> NoReturn:
+    refuse(title, message)
     raise typer.Exit(2)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -12,16 +14,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import psutil
 
 from launcher.job import Job, environment, torchrun
 
 POLL_S = 0.1
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 DEATH_GRACE_S = 15.0
 """After a rank has died the others fail at their next collective; what still hangs after this time is killed."""
 _CLOSING = b"closing signal"  # what torchrun says first when it ends the other ranks after a death
@@ -44,42 +48,56 @@ class Outcome:
 
 @dataclass
 class Runner:
-    """Owns one torchrun process group from start to end."""
+    """Owns one torchrun and its ranks from start to end."""
 
     job: Job
     asked: int = 0
-    shown: dict[Path, BinaryIO] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    _shown: dict[Path, tuple[BinaryIO, codecs.IncrementalDecoder]] = field(default_factory=dict)
 
     def run(self) -> Outcome:
-        """Start, follow and wait. SIGINT, SIGTERM and SIGUSR1 to this process ask the ranks to save and stop; a second
-        one ends them at once."""
+        """Start, follow and wait. SIGINT, SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) to this process ask the ranks
+        to save and stop; a second one ends them at once.
+
+        Raises:
+            LaunchError: runtime.port is in use.
+        """
         if self.job.port:
             refuse_used_port(self.job.port)
         self.job.log_dir.mkdir(parents=True, exist_ok=True)
         own = self.job.log_dir / "torchrun.log"
+        heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, self._hear) for number in heard}
+        try:
+            self.process = self._start(own)
+            if self.asked:
+                self.process.send_signal(signal.SIGTERM)
+            code = self._follow(self.process, own)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._kill(torchrun_too=True)
+            for file, _ in self._shown.values():
+                file.close()
+        return Outcome(code, self.asked, _first_death(own))
+
+    def _start(self, own: Path) -> subprocess.Popen[bytes]:
+        """A session of its own: the terminal's Ctrl-C reaches this process alone, which asks politely."""
+        columns, lines = shutil.get_terminal_size()  # for rank 0's progress bar, which writes to a file
+        known = {**os.environ, "COLUMNS": str(columns), "LINES": str(lines)}
         with open(own, "ab") as log:
-            # A session of its own: the terminal's Ctrl-C reaches this process alone, which asks politely.
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 torchrun(self.job),
-                env=environment(self.job, os.environ),
+                env=environment(self.job, known),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._hear) for number in numbers}
-        try:
-            code = self._follow(own)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self._kill(torchrun_too=True)
-        return Outcome(code, self.asked, _first_death(own))
 
-    def _follow(self, own: Path) -> int:
+    def _follow(self, process: subprocess.Popen[bytes], own: Path) -> int:
         deadline = None
-        while (code := self.process.poll()) is None:
+        while (code := process.poll()) is None:
             self._show_rank_0()
             if deadline is None and not self.asked and _CLOSING in own.read_bytes():
                 deadline = time.monotonic() + DEATH_GRACE_S
@@ -90,28 +108,32 @@ class Runner:
         return code
 
     def _show_rank_0(self) -> None:
-        """Copy what rank 0 has written since to this terminal, bytes as they are: a progress bar stays one line."""
+        """Copy what rank 0 has written since to this terminal, as it is: a progress bar stays one line."""
         for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
             path = rank_log(self.job.log_dir, 0, name)
             if path is None:
                 continue
-            if path not in self.shown:
-                self.shown[path] = open(path, "rb")  # noqa: SIM115 (open as long as the job runs)
-            if new := self.shown[path].read():
-                stream.write(new.decode(errors="replace"))
-                stream.flush()
+            if path not in self._shown:
+                # Incremental: a read may end within a character, and a bar is made of characters of three bytes.
+                self._shown[path] = open(path, "rb"), codecs.getincrementaldecoder("utf-8")("replace")  # noqa: SIM115
+            file, decoder = self._shown[path]
+            if new := file.read():
+                _write(stream, decoder.decode(new))
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            print("\nending all ranks now, without saving", file=sys.stderr, flush=True)
+            _write(sys.stderr, "\nending all ranks now, without saving\n")
             self._kill(torchrun_too=True)
             return
         self.asked = number
-        print("\nasked to stop: finishing the step and saving; once more ends at once", file=sys.stderr, flush=True)
-        self.process.send_signal(signal.SIGTERM)
+        _write(sys.stderr, "\nasked to stop: finishing the step and saving; once more ends at once\n")
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
 
     def _kill(self, torchrun_too: bool) -> None:
         """SIGKILL to the ranks and all that they started; torchrun gives every rank a session of its own."""
+        if self.process is None or self.process.poll() is not None:
+            return  # its number may be another process's by now
         try:
             own = psutil.Process(self.process.pid)
             doomed = [*own.children(recursive=True), *([own] if torchrun_too else [])]
@@ -127,19 +149,38 @@ def rank_log(log_dir: Path, local_rank: int, name: str) -> Path | None:
     return next(iter(sorted(log_dir.glob(f"*/attempt_*/{local_rank}/{name}.log"))), None)
 
 
-def last_lines(path: Path | None, count: int = 12) -> str:
-    """The end of a rank's output, its progress bars left out."""
-    if path is None or not path.exists():
-        return ""
-    lines = [line.split("\r")[-1].rstrip() for line in path.read_text(errors="replace").splitlines()]
-    return "\n".join([line for line in lines if line and "it/s]" not in line and "step/s" not in line][-count:])
-
-
 def read_status(folder: Path) -> dict[str, Any]:
     """status.json of a run; empty where there is none."""
     path = folder / "status.json"
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return content
+
+
+def status_stamp(folder: Path) -> int:
+    """Changes with every write of a run's status.json; 0 where there is none."""
+    path = folder / "status.json"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+@contextlib.contextmanager
+def sole_owner(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: two trainings in one folder would write over each other.
+
+    Raises:
+        LaunchError: another launcher holds it.
+    """
+    path = folder / "logs" / "lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LaunchError(
+                f"{folder} is being trained by another process; wait for it or stop it, or start a new run beside it "
+                "with --fresh"
+            ) from error
+        except OSError as error:
+            _write(sys.stderr, f"{path} cannot be locked ({error.strerror}): start no second training in this folder\n")
+        yield
 
 
 def count_gpus() -> int:
@@ -149,7 +190,13 @@ def count_gpus() -> int:
         return len([entry for entry in visible.split(",") if entry.strip() and entry.strip() != "-1"])
     if shutil.which("nvidia-smi") is None:
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            "nvidia-smi does not answer within 60 s: the driver of this machine is in trouble. Set runtime.nproc and "
+            "CUDA_VISIBLE_DEVICES to start without it"
+        ) from error
     return len([line for line in listed.stdout.splitlines() if line.startswith("GPU ")])
 
 
@@ -163,6 +210,13 @@ def refuse_used_port(port: int) -> None:
             raise LaunchError(
                 f"port {port} (runtime.port) is in use ({error.strerror}); choose another, or leave runtime.port out"
             ) from error
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """A terminal or pipe that is gone must not end a run; the same text is in the log files."""
+    with contextlib.suppress(OSError):
+        stream.write(text)
+        stream.flush()
 
 
 def _first_death(torchrun_log: Path) -> tuple[int, int] | None:

@@ -1,36 +1,16 @@
-"""Entry of every rank: python -m trainer.train --config RESOLVED.yaml, started by torchrun (launcher/local.py)."""
+"""Entry of every rank: python -m trainer.train --config FILE... [key=value]..., started by torchrun (launcher/local.py).
+
+Loader processes import this module again as their main module: what is heavy is imported in main().
+"""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import traceback
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from configs import load as configuration
-from configs.folders import ForeignFolder
-from configs.schema import Config
-from data.manifest import read_manifest
-from data.s3 import DataError
-from trainer import run_folder
-from trainer.build import build_objective, build_order, build_run
-from trainer.checkpoint import CheckpointError
-from trainer.engines.distributed import World, process_group
-from trainer.loop import StepRefused, fit
-from trainer.observe.tracking import NullTracker, Tracker, open_tracker
-from trainer.run import Run
-from trainer.run_folder import RunFolder, RunRefused
 from trainer.signals import StopRequest
-from trainer.stages import OutOfMemory
-
-# What a person can mend: one message, no traceback.
-EXPLAINED = (DataError, RunRefused, StepRefused, OutOfMemory, CheckpointError, ValueError, FileNotFoundError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,121 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_args(arguments)
     stop = StopRequest().install()
-    config = configuration.load(options.config, options.overrides)
-    set_numerics(config)
-    logging.basicConfig(
-        level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING, format="%(message)s"
-    )
-    with process_group(config.runtime.collective_timeout_s) as world:
-        return train(config, world, stop, fresh=options.fresh, allow_change=options.allow_change)
 
+    from trainer import session
 
-def train(config: Config, world: World, stop: StopRequest, *, fresh: bool, allow_change: list[str]) -> int:
-    """One process's part of a run; 0 when the run is finished or saved on request, 1 on an explained failure."""
-    folder, run, tracker = None, None, None
-    try:
-        objective = build_objective(config)
-        manifest = read_manifest(config.data.manifest, endpoint_url=config.data.endpoint_url)
-        order = build_order(config, manifest)
-        folder = agree_on_folder(config, world, order.identity(), fresh, allow_change)
-        if folder.finished:
-            if world.rank == 0:
-                print(f"{folder.path} is finished already ({config.train.steps} steps); start another with --fresh")
-            return 0
-        tracker = open_tracker(
-            folder.path, config.tracking.uri, config.tracking.experiment, config.run.name, world.rank
-        )
-        tracker.params({**configuration.to_dict(config), "world_size": world.world_size})
-        run = build_run(config, world, folder, manifest, order, objective, stop, tracker)
-        if world.rank == 0:
-            folder.write_status("running", run.step, "training", **results(run))
-        conclude(run, fit(run))
-        return 0
-    except Exception as error:
-        fail(error, world, folder, run, tracker)
-        return 1
-
-
-def agree_on_folder(
-    config: Config, world: World, data_order: dict[str, Any], fresh: bool, allow: list[str]
-) -> RunFolder:
-    """Rank 0 opens the folder; all ranks hear the outcome, a refusal too."""
-    outcome: list[Any] = [None, None]
-    if world.rank == 0:
-        try:
-            outcome[0] = run_folder.open_run(config, data_order, world.world_size, fresh, allow)
-        except (RunRefused, ForeignFolder, OSError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise RunRefused(outcome[1])
-    folder: RunFolder = outcome[0]
-    return folder
-
-
-def conclude(run: Run, complete: bool) -> None:
-    """Pictures, scores and summary of a finished run; for a stopped one the word how to go on."""
-    if complete:
-        held_out = run.showcase.held_out(run)
-        run.showcase.grids(run)
-        scores = run.showcase.evaluate(run)
-        if run.world.rank == 0:
-            run_folder.write_json(run.folder.path / "summary.json", summarize(run, held_out, scores))
-            run.tracker.artifact(run.folder.path / "summary.json")
-        state, message = "finished", f"all {run.step} steps are done"
-    else:
-        state, message = "stopped", f"stopped on request, saved at step {run.step}; the same command goes on from there"
-    run.tracker.finish("FINISHED" if complete else "KILLED")
-    if run.world.rank == 0:
-        run.folder.write_status(state, run.step, message, **results(run))
-
-
-def summarize(run: Run, held_out: dict[str, float], scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-    return {
-        "name": run.config.run.name,
-        "objective": run.config.objective["name"],
-        "engine": run.config.engine["name"],
-        "world_size": run.world.world_size,
-        "steps": run.step,
-        "accumulation": run.accumulation,
-        "training_seconds": round(run.seconds, 1),
-        "images_per_second": round(run.step * run.config.train.global_batch_size / max(run.seconds, 1e-9), 1),
-        "passes_per_step": run.passes_per_step,
-        "evaluated_weights": run.config.sample.weights,
-        "held_out": held_out,
-        **scores,
-    }
-
-
-def results(run: Run) -> dict[str, Any]:
-    """Where a person finds what the run has made so far."""
-    checkpoint = run.checkpoints.latest_path()
-    return {
-        "checkpoint": str(checkpoint) if checkpoint else None,
-        "pictures": run.showcase.pictures,
-        "mlflow": run.tracker.info(),
-    }
-
-
-def fail(
-    error: Exception, world: World, folder: RunFolder | None, run: Run | None, tracker: Tracker | NullTracker | None
-) -> None:
-    """Say what happened once and clearly; the run's status and tracker say so too."""
-    text = str(error) if isinstance(error, EXPLAINED) else "".join(traceback.format_exception(error))
-    print(f"\nrank {world.rank} failed{f' at step {run.step}' if run else ''}: {text}", file=sys.stderr, flush=True)
-    if tracker is not None:
-        tracker.finish("FAILED")
-    if folder is not None and world.rank == 0:
-        step, where = (run.step, results(run)) if run else (0, {})
-        folder.write_status("failed", step, str(error), **where)
-
-
-def set_numerics(config: Config) -> None:
-    runtime = config.runtime
-    torch.set_float32_matmul_precision(runtime.matmul_precision)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime.tf32
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    return session.main(options.config, options.overrides, stop, options.fresh, options.allow_change)
 
 
 def check_package() -> None:

@@ -151,7 +151,7 @@ if __name__ == "__main__":
     # A signal to the group is for the rank alone.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-        subprocess.run(["kill", f"-{number.name}", f"-{os.getpgrp()}"], check=True)
+        subprocess.run(["kill", f"-{number.name}", "--", f"-{os.getpgrp()}"], check=True)
     next(batches)
     worker, = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from configs import load
+from launcher import cli
 from launcher.cli import app
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
@@ -38,6 +40,7 @@ def test_show_lists_every_knob_with_type_default_and_meaning() -> None:
     ):
         assert key in output
     assert "Seed of the sample order" in output and "required" in output
+    assert "dict[str, int]" in output and "Longest caption [tokens]" in output
     assert "steps: 7" in invoke("config", "show", SMOKE, "train.steps=7", "schedule.warmup_steps=1", "--yaml").output
 
 
@@ -54,3 +57,26 @@ def test_train_refuses_a_folder_of_something_else_before_it_starts(tmp_path: Pat
     result = invoke("train", SMOKE, f"run.dir={tmp_path}")
     assert result.exit_code == 2 and "not a run of this trainer" in result.output
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_ranks_get_what_the_user_wrote_and_not_the_redacted_copy(tmp_path: Path) -> None:
+    settings = [SMOKE, "tracking.uri=https://me:hunter2@host/x"]
+    folder = tmp_path / "it's: [here]"
+    job = cli.training_job(load.load(settings[:1], settings[1:]), settings, ["train.steps"], folder, tmp_path)
+    files, overrides = list(job.arguments[1:2]), list(job.arguments[4:])
+    assert job.arguments[0] == "--config" and job.arguments[2:4] == ("--allow-change", "train.steps")
+    config = load.load(files, overrides)
+    assert config.tracking.uri == "https://me:hunter2@host/x" and config.run.dir == str(folder)
+    assert (job.nproc, job.threads) == (2, 1)
+
+
+def test_the_command_to_go_on_names_the_folder_that_fresh_chose() -> None:
+    config = load.load([SMOKE])
+    assert cli.resume_command(config, ["a b.yaml"], Path("outputs/smoke")) == "twinflow train 'a b.yaml'"
+    assert cli.resume_command(config, ["a.yaml"], Path("outputs/smoke-2")).endswith("a.yaml run.dir=outputs/smoke-2")
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = invoke("train", SMOKE, f"run.dir={tmp_path}/file/run")
+    assert result.exit_code == 2 and "Not a directory" in result.output and "Traceback" not in result.output

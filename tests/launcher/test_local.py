@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from launcher import local
-from launcher.cli import report
 from launcher.job import Job
+from launcher.report import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=40)[0]
     assert process.returncode == 130, said
-    assert "stopped and saved" in said and "Go on with: twinflow train x.yaml" in said
+    assert "stopped and saved" in said and "go on with: twinflow train x.yaml" in said
 
 
 def test_a_killed_rank_ends_the_run_although_the_other_hangs(tmp_path: Path) -> None:
@@ -113,6 +113,39 @@ def test_a_used_port_is_one_clear_message(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(local.LaunchError, match=rf"port {port} \(runtime\.port\) is in use"):
             local.Runner(job(tmp_path, "finish", port=port)).run()
+
+
+def test_a_closed_terminal_is_a_request_to_stop(tmp_path: Path) -> None:
+    process = in_a_process(tmp_path, "stop")
+    assert process.stdout is not None
+    process.stdout.close()  # nobody reads what it says any more
+    process.send_signal(signal.SIGHUP)
+    process.wait(timeout=40)
+    assert '"stopped"' in (tmp_path / "status.json").read_text()
+    assert ranks(tmp_path) == []
+
+
+def test_characters_cut_by_a_read_arrive_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = local.Runner(job(tmp_path, "finish"))
+    path = tmp_path / "logs" / "x" / "none_a" / "attempt_0" / "0" / "stdout.log"
+    path.parent.mkdir(parents=True)
+    bar = "5%|█▏ |\r".encode()
+    for end in range(len(bar)):
+        path.write_bytes(bar[: end + 1])
+        runner._show_rank_0()
+    assert capsys.readouterr().out == bar.decode()
+
+
+def test_a_run_in_training_is_not_started_twice(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with (
+        local.sole_owner(tmp_path),
+        pytest.raises(local.LaunchError, match="is being trained by another process"),
+        local.sole_owner(tmp_path),
+    ):
+        pass
+    with local.sole_owner(tmp_path):
+        pass
 
 
 def test_gpus_are_counted_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ def process_group(timeout_s: float, device_type: str | None = None) -> Iterator[
     if "RANK" in os.environ:
         try:
             dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
+            # Joining is no barrier: a rank that left early would break the connections that others still make.
+            dist.all_reduce(torch.zeros(1))
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,11 +12,20 @@ from tqdm import tqdm
 
 from data.batch import Batch
 from data.demo import CAPTIONS
+from models.backbone import Conditioning
 from trainer.generate.evaluate import DigitsYardstick, balanced_labels, flatten_digits
 from trainer.generate.sample import gather, sample, share, write_grid
 from trainer.generate.sampler import preset
+from trainer.objectives.random_streams import normals, purpose_id
+from trainer.objectives.transport import clean_estimate
 from trainer.observe.metrics import Tally
+from trainer.observe.sentinel import CollapseAlarm, collapse_score, spread
 from trainer.run import Run, make_targets
+
+log = logging.getLogger(__name__)
+
+CONDITIONS, NOISES = 4, 8
+"""Captions per rank, and one-step samples of each, that the collapse alarm looks at."""
 
 
 @dataclass
@@ -25,6 +35,7 @@ class Showcase:
     latent_shape: tuple[int, int, int]
     held_out_batch: Batch | None
     pictures: list[str] = field(default_factory=list)
+    alarm: CollapseAlarm = field(default_factory=CollapseAlarm)
 
     @torch.no_grad()
     def held_out(self, run: Run) -> dict[str, float]:
@@ -39,9 +50,14 @@ class Showcase:
                 loss = run.objective.loss(run.nets, targets[begin : begin + size])
                 tally.add(loss.tally)
                 tally.add_terms({"loss": loss.total})
+            tally.add_value("collapse_score", one_step_variety(run, x, cond))
         tally.end_step()
         metrics = {f"held_out/{name}": value for name, value in tally.reduce().items()}
         run.tracker.metrics(run.step, metrics)
+        warning = self.alarm.check(metrics["held_out/collapse_score"])
+        if warning and run.world.rank == 0:
+            run.tracker.event("collapse", message=warning)
+            log.warning("step %d: %s", run.step, warning)
         return metrics
 
     def grids(self, run: Run) -> None:
@@ -93,3 +109,17 @@ class Showcase:
             )
             pixels = run.encoding.latents.decode(latents)
         return gather(pixels, len(captions))
+
+
+def one_step_variety(run: Run, x: Tensor, cond: Conditioning) -> float:
+    """Variance of one-step samples over the noise, a few captions of this rank's held-out rows, relative to the
+    variance of those latents: 1 as varied as data, 0 collapsed. Data of one caption alone varies less than all data, so
+    a healthy model may score below 1."""
+    groups = min(CONDITIONS, len(cond))
+    rows = torch.arange(groups).repeat_interleave(NOISES)
+    ids = torch.arange(len(rows)) + run.world.rank * len(rows)
+    z = normals(run.config.run.seed, 0, purpose_id("collapse"), ids, tuple(x.shape[1:]), x.device, x.dtype)
+    ones = torch.ones(len(rows), device=x.device, dtype=x.dtype)
+    velocity = run.nets.velocity(z, ones, torch.zeros_like(ones), cond[rows.to(x.device)])
+    samples = clean_estimate(z, velocity, ones).unflatten(0, (groups, NOISES))
+    return collapse_score(samples, spread(x[None]))
