@@ -66,7 +66,8 @@ class Runner:
             refuse_used_port(self.job.port)
         self.job.log_dir.mkdir(parents=True, exist_ok=True)
         own = self.job.log_dir / "torchrun.log"
-        heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in STOPS if not (nohup and number == signal.SIGHUP)]
         before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             self.process = self._start(own)

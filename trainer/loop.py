@@ -132,7 +132,8 @@ def log(run: Run, tally: Tally, clock: Clock, recent: Recent, bar: Any) -> None:
         "rows_graded": counts.graded_rows / steps,
     }
     rate = learning_rate(run.step - 1, run.config.schedule, run.config.optimizer.learning_rate, run.config.train.steps)
-    metrics |= {"learning_rate": rate, "captions_truncated": float(run.encoding.text.truncated)}
+    metrics |= {"learning_rate": rate, "effective_guidance": run.objective.effective_guidance}
+    metrics |= {"captions_truncated": float(run.encoding.text.truncated)}
     metrics |= {f"seconds/{name}": value / steps for name, value in run.stages.drain().items()}
     metrics |= {f"passes/{name}": value for name, value in run.passes_per_step.items()}
     run.tracker.metrics(run.step, metrics)

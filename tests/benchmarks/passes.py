@@ -12,28 +12,15 @@ import argparse
 import itertools
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from configs.schema import Ema, Optimizer
+from tests.benchmarks.pass_counts import BLOCKS, RANKS, Counts, Measured, Setting, measure
+from tests.benchmarks.pass_rows import PERIOD, Balance, balance
 from tests.ranks import run_ranks
-from tests.trainer.engines.toy import ToyBackbone
-from tests.trainer.objectives.cases import EQUAL_ROLES, Samples, role_rows, samples
-from tests.trainer.objectives.toy import VectorConditions
-from trainer.engines.fsdp2 import FSDP2, FSDP2Options
-from trainer.objectives.objective import TEACHER, Nets, Roles, Rows
-from trainer.objectives.passes import Runner, run_packed, run_unpacked
-from trainer.objectives.twinflow import TwinFlow
 
-RANKS = 2
-BLOCKS = 4
-SHAPE = (1, 2, 2)
-PERIOD = sum(EQUAL_ROLES.values())
 TEACHERS = ("online", "ema", "frozen")
 BARS = {1: 5, 4: 11}
 """Most gathers of a block in a step of accumulation A: N = 2, guidance, online teacher, keep_gathered false."""
@@ -41,215 +28,6 @@ BALANCE_BAR = 1.05
 SAMENESS = 1e-12
 
 
-@dataclass(frozen=True)
-class Setting:
-    teacher: str
-    order: int
-    accumulation: int
-    micro_batch_size: int
-
-    @property
-    def objective(self) -> TwinFlow:
-        return TwinFlow(order=self.order, teacher=self.teacher, enhanced_ratio=0.5)
-
-    @property
-    def rows(self) -> int:
-        """Samples of one rank in a step."""
-        return self.accumulation * self.micro_batch_size
-
-    @property
-    def published_gathers(self) -> int:
-        """The published code, per micro-batch: 4 + N + 2g + i passes and a backward pass, each gathers once."""
-        return (4 + self.order + 2 + 1) * self.accumulation
-
-
-def formula(setting: Setting, roles: Roles) -> tuple[int, int]:
-    """Law 1: no-grad passes of the online (or shared) module, and of a separate teacher, in a step with these roles."""
-    data, guided = roles.total("e2e", "mul", "any") > 0, int(roles.total("mul", "any") > 0)
-    nodes = setting.order if data else 0
-    rectified, adv = 2 * int(roles.total("e2e") > 0), int(roles.total("adv") > 0)
-    if setting.teacher == "ema":
-        return max(rectified, adv), guided + nodes
-    if setting.teacher == "frozen":
-        return max(nodes, rectified, adv), guided
-    return max(guided + nodes, rectified, adv), 0
-
-
-class CountedNets:
-    """Passes calls on with the conditions as a tensor, and counts them: (by a separate teacher, graded, rows)."""
-
-    def __init__(self, nets: Nets) -> None:
-        self._nets, self.shares_module = nets, nets.shares_module
-        self.calls: list[tuple[bool, bool, int]] = []
-
-    def velocity(
-        self, x_t: Tensor, t: Tensor, r: Tensor, cond: VectorConditions, weights: Tensor | None = None
-    ) -> Tensor:
-        taught = not self.shares_module and weights is not None and int(weights[0]) == TEACHER
-        self.calls.append((taught, torch.is_grad_enabled(), len(t)))
-        return self._nets.velocity(x_t, t, r, cond.vectors, weights)
-
-
-class FreeNet:
-    """Costs nothing and returns nothing: for counting rows."""
-
-    def __init__(self, shares_module: bool) -> None:
-        self.shares_module = shares_module
-
-    def velocity(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Any, weights: Tensor | None = None) -> Tensor:
-        return torch.zeros_like(x_t)
-
-
-def gathered_sizes(trace: torch.profiler.profile) -> dict[int, int]:
-    """All-gathers of parameters per size of what they gathered [elements].
-
-    Read from the raw events: building the profiler's own event tree takes seconds a step.
-    """
-    assert trace.profiler is not None and trace.profiler.kineto_results is not None
-    events = trace.profiler.kineto_results.events()
-    gathers = (event for event in events if event.name() == "c10d::_allgather_base_")
-    return dict(Counter(int(torch.Size(event.shapes()[0]).numel()) for event in gathers))
-
-
-# ---------------------------------------------------------------- part 1: two sharded ranks
-@dataclass
-class Counts:
-    """Of one step on one rank. gathers: per size of the gathered unit [elements]."""
-
-    online: int
-    teacher: int
-    graded: int
-    expected: tuple[int, int]
-    gathers: dict[int, int]
-    kinds: list[tuple[bool, bool]]
-    loss: float
-    grad_norm: float
-
-    @property
-    def elements(self) -> int:
-        return sum(size * count for size, count in self.gathers.items())
-
-
-@dataclass
-class Measured:
-    """Steps of one setting under packed passes that reshard, packed passes that keep parameters, and unpacked ones."""
-
-    setting: Setting
-    resharding: list[Counts] = field(default_factory=list)
-    keeping: list[Counts] = field(default_factory=list)
-    unpacked: list[Counts] = field(default_factory=list)
-
-
-def measure(settings: Sequence[Setting], steps: int) -> tuple[list[Measured], int]:
-    """On every rank: all settings, and the elements of a gathered block."""
-    found = {setting: Measured(setting) for setting in settings}
-    block_size = 0
-    for teacher, keep_gathered in itertools.product(dict.fromkeys(s.teacher for s in settings), (False, True)):
-        engine, block_size = build(teacher, keep_gathered)
-        for setting in (s for s in settings if s.teacher == teacher):
-            for step in range(steps):
-                counts = one_step(engine, setting, step, run_packed)
-                if keep_gathered:
-                    found[setting].keeping.append(counts)
-                else:
-                    found[setting].resharding.append(counts)
-                    found[setting].unpacked.append(one_step(engine, setting, step, run_unpacked))
-    return list(found.values()), block_size
-
-
-def build(teacher: str, keep_gathered: bool) -> tuple[FSDP2, int]:
-    """An engine in float64 whose online parameters differ from the teacher's, and the elements of a gathered block."""
-    backbone = ToyBackbone(blocks=BLOCKS, dtype=torch.float64)
-    block = backbone.blocks[0]
-    # Every rank's shard has ceil(rows / ranks) rows, so a gathered unit is a little larger than its parameters.
-    size = sum(-(-len(p) // RANKS) * RANKS * p[0].numel() for p in block.parameters())
-    options = FSDP2Options(activation_checkpointing=True, keep_gathered=keep_gathered)
-    engine = FSDP2(options, backbone, Optimizer(), Ema(decay=0.9), teacher)
-    for part in engine.parts():
-        if part.group == "parameter":
-            part.local.mul_(1.1)
-    return engine, size
-
-
-def one_step(engine: FSDP2, setting: Setting, step: int, run: Runner) -> Counts:
-    """A whole step at learning rate 0, so that every step starts from the same parameters."""
-    rank = torch.distributed.get_rank()
-    objective, nets = setting.objective, CountedNets(engine.nets)
-    roles = role_rows(objective, step, RANKS * setting.rows, rank, RANKS)
-    mine = slice(rank * setting.rows, (rank + 1) * setting.rows)
-    ids, local = torch.arange(RANKS * setting.rows)[mine], samples(RANKS * setting.rows, shape=SHAPE)[mine]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as trace:
-        draws = objective.draw(Rows(0, step, ids, roles), SHAPE, "cpu", torch.float64)
-        targets = objective.targets(nets, local.x, local.cond, local.null, roles, draws, run=run)
-        loss = torch.zeros((), dtype=torch.float64)
-        for begin in range(0, setting.rows, setting.micro_batch_size):
-            part = objective.loss(nets, targets[begin : begin + setting.micro_batch_size])
-            engine.backward(part.total)
-            loss += part.total.detach()
-        grad_norm = engine.step(0.0)
-    torch.distributed.all_reduce(loss)
-    kinds = [(taught, graded) for taught, graded, _ in nets.calls]
-    return Counts(
-        online=kinds.count((False, False)),
-        teacher=kinds.count((True, False)),
-        graded=kinds.count((False, True)),
-        expected=formula(setting, roles),
-        gathers=gathered_sizes(trace),
-        kinds=kinds,
-        loss=float(loss),
-        grad_norm=float(grad_norm),
-    )
-
-
-# ---------------------------------------------------------------- part 2: rows per rank and stage
-@dataclass
-class Balance:
-    """Rows of every stage summed over the steps; [stages][ranks]. A stage is the n-th no-grad call of a kind in a step,
-    or the graded calls together."""
-
-    setting: Setting
-    rows: dict[str, list[int]]
-
-    @property
-    def worst(self) -> float:
-        """Largest max / mean over ranks of any stage."""
-        return max(max(of_rank) * len(of_rank) / sum(of_rank) for of_rank in self.rows.values())
-
-    @property
-    def bound(self) -> bool:
-        """Whether a rank's window is a whole number of role periods, so that the bar applies."""
-        return self.setting.rows % PERIOD == 0
-
-
-def balance(setting: Setting, steps: int) -> Balance:
-    objective = setting.objective
-    batch = samples(RANKS * setting.rows, shape=SHAPE)
-    summed: dict[str, list[int]] = {}
-    for step, rank in itertools.product(range(steps), range(RANKS)):
-        nets = CountedNets(FreeNet(setting.teacher == "online"))
-        window = slice(rank * setting.rows, (rank + 1) * setting.rows)
-        stages = count_rows(objective, nets, batch[window], window, step, rank)
-        stages["graded"] = setting.rows
-        for stage, rows in stages.items():
-            summed.setdefault(stage, [0] * RANKS)[rank] += rows
-    return Balance(setting, summed)
-
-
-def count_rows(
-    objective: TwinFlow, nets: CountedNets, local: Samples, window: slice, step: int, rank: int
-) -> dict[str, int]:
-    roles = role_rows(objective, step, RANKS * len(local.x), rank, RANKS)
-    draws = objective.draw(Rows(0, step, torch.arange(window.start, window.stop), roles), SHAPE, "cpu", torch.float64)
-    objective.targets(nets, local.x, local.cond, local.null, roles, draws)
-    seen: Counter[bool] = Counter()
-    stages: dict[str, int] = {}
-    for taught, _, rows in nets.calls:
-        seen[taught] += 1
-        stages[f"{'teacher' if taught else 'online'} {seen[taught]}"] = rows
-    return stages
-
-
-# ---------------------------------------------------------------- report
 @dataclass
 class Verdict:
     """One row of the first table, and what it must hold."""
@@ -352,16 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     orders, accumulations = ((2,), (1, 4)) if quick else ((0, 1, 2, 3), (1, 2, 4))
     settings = [Setting(*values) for values in itertools.product(TEACHERS, orders, accumulations, (1, 4))]
-    sharded = [s for s in settings if not quick or s.micro_batch_size == 1 or s.accumulation == 1]
+    sharded = [s for s in settings if not quick or s.micro_batch_size == 1]
     by_rank = run_ranks(measure, RANKS, sharded, PERIOD, timeout=300 if quick else 3600)
-    verdicts = [
-        judge(ranks, block_size)
-        for *ranks, block_size in zip(*(found for found, _ in by_rank), itertools.repeat(by_rank[0][1]), strict=False)
-    ]
+    block_size = by_rank[0][1]
+    verdicts = [judge(ranks, block_size) for ranks in zip(*(found for found, _ in by_rank), strict=True)]
     print_verdicts(verdicts)
 
     steps = 100 if quick else 200
-    balances = [balance(setting, steps) for setting in settings]
+    balances = [balance(setting, steps) for setting in settings if not quick or setting.teacher == "online"]
     print_balances(balances, steps)
 
     online = {s.setting: s for s in verdicts if s.setting.teacher == "online" and s.setting.order == 2}

@@ -84,6 +84,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "stopped and saved" in said and "go on with: twinflow train x.yaml" in said
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_although_the_other_hangs(tmp_path: Path) -> None:
     process = in_a_process(tmp_path, "deaf")
     began = time.monotonic()

@@ -5,11 +5,21 @@ Both are tasks of trainer/objectives/passes.py. Times are [n] on the CPU; `most`
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from trainer.objectives.passes import Call, Task
 from trainer.objectives.transport import jump, rowwise
+
+
+def effective_scale(ratio: float, teacher: str, image_free: bool = False) -> float:
+    """Scale w of u + w (c - u) that a guidance ratio amounts to: a trained teacher is guided by its own guidance, with the
+    fixed point 1 / (1 - ratio) (inf from 1 on); a frozen one gives 1 + ratio, or ratio in image-free training (method 2.2)."""
+    if teacher == "frozen":
+        return ratio if image_free and ratio else 1 + ratio
+    return 1 / (1 - ratio) if ratio < 1 else math.inf
 
 
 def enhance(

@@ -50,6 +50,7 @@ class FlowMatching:
     teacher = "online"
     rows_per_sample = 1
     needs_null = False
+    effective_guidance = 1.0
     published_partition = False
 
     @property

@@ -138,6 +138,10 @@ class Objective(Protocol):
         """online | ema | frozen."""
 
     @property
+    def effective_guidance(self) -> float:
+        """Guidance scale that the targets aim at; 1 is none."""
+
+    @property
     def published_partition(self) -> bool:
         """Whether roles stand in blocks by position instead of evenly spread."""
 

@@ -1,26 +1,29 @@
 """TwinFlow, production form: every row of the batch serves one role (method 2.2; arXiv 2512.05150, code a109a71).
 
 e2e rows learn the one-step jump 1 -> 0 and are rectified, mul rows the near-instantaneous velocity, any rows a jump
-t -> r, adv rows the velocity of the model's own samples at negative time.
+t -> r, one rows a jump t -> 0, adv rows the velocity of the model's own samples at negative time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.objectives.checks import CHOICES, refuse_bad_latents, refuse_bad_options, refuse_bad_times
-from trainer.objectives.consistency import consistency_residual, enhance
+from trainer.objectives.consistency import consistency_residual, effective_scale, enhance
 from trainer.objectives.losses import graded_loss, group_rows, interval_weight
 from trainer.objectives.objective import LossTerms, Nets, Roles, Rows, Targets
 from trainer.objectives.passes import Call, Runner, Task, run_packed
 from trainer.objectives.random_streams import betas, normals, purpose_id, uniforms
 from trainer.objectives.roles import pattern
 from trainer.objectives.transport import clean_estimate, interpolate
+
+DATA_ROLES = ("e2e", "mul", "any", "one")
+"""Roles on the real flow; adv is the fake flow."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class TwinFlow:
     order: int = 2
     """Sub-steps N of the consistency target; 0 trains plain flow matching on mul and adv rows."""
     roles: dict[str, int] = field(default_factory=lambda: {"e2e": 1, "mul": 1, "any": 1, "adv": 1})
-    """Integer weight of each role; published 1:1:1:1."""
+    """Integer weight of each role: e2e, mul, any, adv, one; published 1:1:1:1:0, for LoRA of order 1 one in place of any."""
     published_partition: bool = False
     """Roles in blocks by position in the batch, as in the published code, instead of evenly spread (for comparison)."""
     teacher: str = "online"
@@ -88,9 +91,11 @@ class TwinFlow:
 
     def __post_init__(self) -> None:
         pattern(self.roles)
-        unknown = set(self.roles) - {"e2e", "mul", "any", "adv"}
+        unknown = set(self.roles) - {*DATA_ROLES, "adv"}
         if unknown:
-            raise ValueError(f"objective.roles: unknown role {sorted(unknown)}; the roles are e2e, mul, any, adv")
+            raise ValueError(
+                f"objective.roles: unknown role {sorted(unknown)}; the roles are {', '.join(DATA_ROLES)}, adv"
+            )
         refuse_bad_options(
             self,
             CHOICES | {"interval_weight": ("tan", "none"), "time_distribution": ("beta", "logit_normal")},
@@ -118,13 +123,18 @@ class TwinFlow:
         return self.enhanced_ratio != 0
 
     @property
+    def effective_guidance(self) -> float:
+        """Scale w of u + w (c - u) that the targets aim at."""
+        return effective_scale(self.enhanced_ratio, self.teacher, self.image_free)
+
+    @property
     def rectifies(self) -> bool:
         return self.consistency_ratio == 1 and self.rectification_weight > 0
 
     @property
     def consistent(self) -> bool:
         """Whether rows other than adv have a consistency target."""
-        jumps = self.roles.get("e2e", 0) + self.roles.get("any", 0) > 0
+        jumps = any(self.roles.get(name, 0) for name in ("e2e", "any", "one"))
         return self.order >= 1 and self.consistency_ratio > 0 and jumps
 
     # ---------------------------------------------------------------- draw
@@ -135,7 +145,7 @@ class TwinFlow:
         adv, e2e = rows.roles.rows("adv"), rows.roles.rows("e2e")
         wanted = {
             "z": torch.arange(len(rows.ids)),
-            "z_image_free": rows.roles.rows("e2e", "mul", "any") if self.image_free else adv[:0],
+            "z_image_free": rows.roles.rows(*DATA_ROLES) if self.image_free else adv[:0],
             "z_adv": adv,
             "z_rectify": e2e if self.rectifies else e2e[:0],
         }
@@ -166,6 +176,7 @@ class TwinFlow:
         t = draws.t.clamp(0, 1) * self.time_max
         r = t - draws.u_r * self.consistency_ratio * t
         e2e, mul, adv = roles.rows("e2e"), roles.rows("mul"), roles.rows("adv")
+        r[roles.rows("one")] = 0.0
         r[mul] = t[mul] - draws.u_r_min[mul] * t[mul] * min(0.05, self.consistency_ratio)
         refuse_bad_times(t, r)
         t, r = t.clone(), r.clone()
@@ -190,8 +201,9 @@ class TwinFlow:
         """All no-grad passes of the window. x: [B, ...] latents; cond, null: B rows of conditions each."""
         refuse_bad_latents(x)
         t, r = self.times(roles, draws)
-        guided = ("mul", "any", "e2e") if self.enhanced_range[0] < 1 < self.enhanced_range[1] else ("mul", "any")
-        plain = tuple(name for name in ("e2e", "mul", "any") if not self.needs_null or name not in guided)
+        e2e_guided = self.enhanced_range[0] < 1 < self.enhanced_range[1]
+        guided = tuple(name for name in DATA_ROLES if name != "e2e" or e2e_guided)
+        plain = tuple(name for name in DATA_ROLES if not self.needs_null or name not in guided)
         tasks: list[Task] = []
         if self.needs_null and roles.total(*guided):
             tasks.append(self._data_task(roles, guided, x, t, r, draws, guided=True))
@@ -204,11 +216,18 @@ class TwinFlow:
         results = run(tasks, nets, cond.cat(null) if self.needs_null else cond, chunk_rows)
 
         gap = results.pop() if self.rectifies and roles.total("e2e") else None
+        pulls = [part["pull"] for part in results if "pull" in part]
+        watched = {"guidance_pull": torch.cat(pulls)} if pulls else {}
+        if gap is not None:
+            watched["velocity_gap"] = gap.square().flatten(1).mean(dim=1)
+        tally = {
+            name: torch.stack([squares.sum(), torch.ones_like(squares).sum()]) for name, squares in watched.items()
+        }
         order = torch.cat([part["rows"] for part in results]).argsort().to(x.device, non_blocking=True)
         merged = {name: torch.cat([part[name] for part in results])[order] for name in ("x_t", "velocity")}
         if self.consistent:
             merged["integral"] = torch.cat([part["integral"] for part in results])[order]
-        return self._regression(roles, x, t, r, cond, merged, gap)
+        return replace(self._regression(roles, x, t, r, cond, merged, gap), tally=tally)
 
     def _data_task(
         self, roles: Roles, names: tuple[str, ...], x: Tensor, t: Tensor, r: Tensor, draws: TwinFlowDraws, guided: bool
@@ -218,9 +237,10 @@ class TwinFlow:
         at = rows.to(x.device, non_blocking=True)
         clean, z, t, r = x[at], draws.z[at], t[rows], r[rows]
         if self.image_free:
-            place = torch.searchsorted(roles.rows("e2e", "mul", "any"), rows).to(x.device, non_blocking=True)
+            place = torch.searchsorted(roles.rows(*DATA_ROLES), rows).to(x.device, non_blocking=True)
             clean = yield from one_step(draws.z_image_free[place], rows, most)
         x_t, velocity = interpolate(clean, z, t), z - clean
+        data_velocity = velocity
         if guided:
             velocity = yield from enhance(
                 x_t,
@@ -239,7 +259,8 @@ class TwinFlow:
             integral = yield from consistency_residual(
                 x_t, velocity, t, r, rows, most, self.order, self.time_step, teacher=self.teacher == "ema"
             )
-        return {"rows": rows, "x_t": x_t, "velocity": velocity, "integral": integral}
+        part = {"rows": rows, "x_t": x_t, "velocity": velocity, "integral": integral}
+        return part | ({"pull": (velocity - data_velocity).square().flatten(1).mean(dim=1)} if guided else {})
 
     def _adv_task(self, roles: Roles, t: Tensor, draws: TwinFlowDraws) -> Task:
         """Rows on the fake flow: plain flow matching to the model's own one-step samples."""
@@ -291,10 +312,7 @@ class TwinFlow:
             gap_weight[e2e] = self.rectification_weight / roles.total("e2e")
             full = torch.zeros_like(x)
             full[place(e2e)] = gap
-            squares = gap.square().flatten(1).mean(dim=1)
-            count = torch.full_like(squares, 1.0).sum()
             optional |= {"gap": full, "gap_weight": place(gap_weight)}
-            optional["tally"] = {"velocity_gap": torch.stack([squares.sum(), count])}
         return Targets(
             sample=place(torch.arange(len(t))),
             x_t=merged["x_t"],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.objectives.checks import CHOICES, refuse_bad_latents, refuse_bad_options, refuse_bad_times
-from trainer.objectives.consistency import consistency_residual, enhance
+from trainer.objectives.consistency import consistency_residual, effective_scale, enhance
 from trainer.objectives.losses import graded_loss, group_rows
 from trainer.objectives.objective import LossTerms, Nets, Roles, Rows, Targets
 from trainer.objectives.passes import Call, Runner, Task, run_packed
@@ -79,6 +79,11 @@ class TwinFlowFull:
     @property
     def needs_null(self) -> bool:
         return self.enhanced_ratio != 0
+
+    @property
+    def effective_guidance(self) -> float:
+        """Scale w of u + w (c - u) that the targets aim at."""
+        return effective_scale(self.enhanced_ratio, self.teacher)
 
     def draw(
         self, rows: Rows, shape: tuple[int, ...], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
