@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from trainer.objectives.flow_matching import FlowMatching
 
 SAMPLERS = {"1": PRESETS["1nfe"], "2": PRESETS["any2"], "4": PRESETS["any4"], "100": PRESETS["multi100"]}
 NOISE_SEED = 12345
-WEIGHTS = "ema"  # the weights that the default recipe is judged by, as trainer runs sample and evaluate by default
+WEIGHTS = "ema"  # all recipes are judged by their averaged weights, as trainer runs sample and evaluate by default
 Scores = dict[str, dict[str, dict[str, float]]]
 """weights (raw, ema) -> evaluations -> measure -> value, of one trained network."""
 
@@ -175,6 +176,15 @@ def sane(scores: dict[str, list[Scores]], noise: float) -> bool:
     return near and all(math.isfinite(value) for value in every)
 
 
+def rounded(value: Any) -> Any:
+    """The figures of a nested report with four decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed and few steps: checks that everything runs")
@@ -195,17 +205,20 @@ def main() -> int:
     print(
         f"one evaluation of the default as near as 100 of flow matching ({WEIGHTS} weights, same schedule): {matched}"
     )
-    must = parity_goals(mean_scores(scores["published"], "raw"), costs["published"])
+    must = parity_goals(mean_scores(scores["published"], WEIGHTS), costs["published"])
     must += warm_start_goals(mean_scores(scores["default, warm start"], WEIGHTS))
     want = ahead_goals(default, costs["default"], toys, WEIGHTS)
-    print(*must, *want, sep="\n")
+    if quick:
+        print("--quick trains too shortly for the goals: they are not judged")
+    else:
+        print(*must, *want, sep="\n")
     noise = bench.yardstick.score(bench.noise.numpy(), bench.labels.numpy())["fd_pca"]
     ok = sane(scores, noise) if quick else sane(scores, noise) and all(goal.met for goal in must)
     figures = {"digits": scores, "row_passes": costs, "energy_distance_x1000": toys, "one_matches_100_of_flow": matched}
-    missed = [goal.name for goal in must + want if not goal.met]
+    missed = [] if quick else [goal.name for goal in must + want if not goal.met]
     ahead = all(goal.met for goal in want) and not quick
     report = {"benchmark": "quality", "quick": quick, "figures": figures, "missed": missed, "ahead": ahead, "ok": ok}
-    print(json.dumps(report))
+    print(json.dumps(rounded(report)))
     return 0 if ok else 1
 
 
