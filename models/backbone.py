@@ -92,8 +92,17 @@ class Backbone(Protocol):
     def idle_parameters(self) -> Sequence[str]:
         """Names of parameters that never receive a gradient; they are frozen before sharding."""
 
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        """Image tokens of a latent [..., H, W]."""
+
     def flops(self, batch: int, tokens: int, text_tokens: int) -> int:
-        """Floating-point operations of one forward pass."""
+        """Floating-point operations of one forward pass; text_tokens: padded length, padding costs the same."""
+
+    def backward_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
+        """Floating-point operations of one backward pass, without recomputation."""
+
+    def recompute_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
+        """What a backward pass costs more when the checkpoint units recompute their activations."""
 
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """Latent [C, H, W] of an image of (height, width) pixels."""

@@ -19,6 +19,7 @@ from models.precision import keep_float64
 from models.target_time import PREFIX, TARGET_PREFIX, TargetTime
 
 LATENT_KINDS = ("vae", "pixels")
+SINUSOID = 256  # features of a time
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
@@ -130,17 +131,36 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
         idle = (f"{last}attn.to_add_out.", f"{last}txt_mlp.")
         return [name for name, _ in self.named_parameters() if name.startswith(idle)]
 
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        """Image tokens of a latent [..., H, W]: one for each patch."""
+        return latent_shape[-2] * latent_shape[-1] // self.config.patch_size**2
+
     def flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """Matrix products and attention of one forward pass; tokens: image tokens (patches) of a row."""
         width, patch_width = self.inner_dim, self.config.patch_size**2 * self.out_channels
-        joint = tokens + text_tokens
+        ends = tokens * self.config.in_channels * width + text_tokens * self.config.joint_attention_dim * width
+        ends += 2 * (SINUSOID + width) * width  # time and target-time embedding
+        ends += 2 * width**2 + tokens * width * patch_width
+        return self.recompute_flops(batch, tokens, text_tokens) + 2 * batch * ends
+
+    def backward_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
+        """Two products for each of the forward pass, but for those whose result nobody asks for.
+
+        Latents and sinusoids get no gradient, and the last block's text output gives none (see idle_parameters).
+        Attention counts as its four products; flash kernels compute the scores once more.
+        """
+        width = self.inner_dim
+        inputs = (tokens * self.config.in_channels + 2 * SINUSOID) * width
+        idle = text_tokens * (1 + 8) * width**2  # output projection, feed-forward
+        return 2 * self.flops(batch, tokens, text_tokens) - 2 * batch * (inputs + 2 * idle)
+
+    def recompute_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
+        """The forward pass of the blocks, all of which are checkpoint units."""
+        width, joint = self.inner_dim, tokens + text_tokens
         block = 2 * 6 * width**2  # modulation of both streams, once per row
         block += joint * (3 + 1 + 8) * width**2  # query, key, value; output; feed-forward of 4 x width
         block += 2 * joint**2 * width  # scores and weighted sum
-        ends = tokens * self.config.in_channels * width + text_tokens * self.config.joint_attention_dim * width
-        ends += 2 * (256 + width) * width  # time and target-time embedding
-        ends += 2 * width**2 + tokens * width * patch_width
-        return 2 * batch * (len(self.transformer_blocks) * block + ends)
+        return 2 * batch * len(self.transformer_blocks) * block
 
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         step = self.pixels_per_latent * self.config.patch_size

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,39 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
-from configs.schema import Checkpoint, Ema, Optimizer
-from tests.ranks import RankFailedError, run_ranks
+from tests.ranks import run_ranks
 from tests.trainer.engines import toy
-from trainer import certificate, checkpoint, durable
+from tests.trainer.saving import alone, numbered, parts_of, small_engine
+from trainer import certificate, checkpoint
 from trainer.certificate import CheckpointError
-from trainer.checkpoint import Checkpoints
 from trainer.engines.engine import TensorPart
-from trainer.engines.fsdp2 import FSDP2, FSDP2Options
+from trainer.engines.fsdp2 import FSDP2
 
 ROWS = 12
 
 
-def parts_of(values: dict[str, torch.Tensor], group: str = "parameter") -> list[TensorPart]:
-    return [TensorPart(group, name, tuple(v.shape), 0, v.view(-1)) for name, v in values.items()]
-
-
-def numbered(step: int) -> dict[str, torch.Tensor]:
-    return {"w": torch.arange(6.0).reshape(2, 3) + step, "b": torch.full((4,), float(step))}
-
-
-def alone(folder: Path, keep_last: int = 2) -> Checkpoints:
-    return Checkpoints(folder, Checkpoint(keep_last=keep_last), {"engine": "fsdp2"})
-
-
 # ---- engines: interchange between numbers of ranks, resume
-
-
-def _engine(teacher: str = "online", **options: Any) -> FSDP2:
-    return FSDP2(
-        FSDP2Options(**options), toy.ToyBackbone(seed=3), Optimizer(learning_rate=0.02), Ema(decay=0.9), teacher
-    )
 
 
 def _train(engine: FSDP2, steps: range) -> None:
@@ -70,7 +48,7 @@ def _whole(engine: FSDP2) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _train_and_save(folder: str, options: dict[str, Any], steps: int, until: int) -> Any:
-    engine, checkpoints = _engine(**options), alone(Path(folder))
+    engine, checkpoints = small_engine(**options), alone(Path(folder))
     _train(engine, range(steps))
     checkpoints.save(engine, steps, seconds=1.5)
     saved = _whole(engine)
@@ -79,7 +57,7 @@ def _train_and_save(folder: str, options: dict[str, Any], steps: int, until: int
 
 
 def _resume(folder: str, options: dict[str, Any], until: int) -> Any:
-    engine, checkpoints = _engine(**options), alone(Path(folder))
+    engine, checkpoints = small_engine(**options), alone(Path(folder))
     done = checkpoints.resume(engine)
     loaded = _whole(engine)
     _train(engine, range(done.step, until))
@@ -256,123 +234,3 @@ def test_parts_that_leave_a_gap_or_overlap_are_not_published(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="leave gaps"):
         alone(tmp_path).write(1, [TensorPart("parameter", "w", (6,), 0, whole[:4])], {})
     assert certificate.latest(tmp_path) is None
-
-
-# ---- killed and failing saves
-
-
-@pytest.mark.parametrize("operation", range(16))
-def test_a_save_killed_at_any_point_leaves_the_earlier_or_the_new_checkpoint(operation: int, tmp_path: Path) -> None:
-    """The child dies just before durable operation number `operation` (opens, syncs, renames, removals)."""
-    alone(tmp_path).write(5, parts_of(numbered(5)), {})
-    alone(tmp_path).write(10, parts_of(numbered(1)), {})
-    child = os.fork()
-    if child == 0:
-        _count_down(operation)
-        alone(tmp_path, keep_last=1).write(10, parts_of(numbered(10)), {})  # replaces one of that step too
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9)
-    path, target = certificate.latest(tmp_path), numbered(0)
-    assert path is not None
-    found = alone(tmp_path).read(path, parts_of(target))
-    assert found.step == 10
-    assert torch.equal(target["b"], numbered(10)["b"]) or torch.equal(target["b"], numbered(1)["b"])
-    assert status == 9 or torch.equal(target["b"], numbered(10)["b"])
-    alone(tmp_path).write(15, parts_of(numbered(15)), {})  # leftovers are in nobody's way
-    assert certificate.latest(tmp_path) == tmp_path / "step_00000015"
-    assert not list(tmp_path.glob(".*.partial"))
-
-
-def _count_down(operation: int) -> None:
-    """From here on, the process dies before its filesystem operation number `operation`."""
-    left = [operation]
-
-    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if left[0] == 0:
-                os._exit(9)
-            left[0] -= 1
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    durable.save_file = dying(durable.save_file)
-    durable.os.fsync = dying(os.fsync)
-    Path.mkdir, Path.rename, Path.unlink = dying(Path.mkdir), dying(Path.rename), dying(Path.unlink)  # type: ignore[method-assign]
-    checkpoint.shutil.rmtree = dying(shutil.rmtree)
-
-
-def test_a_file_cut_at_any_byte_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    path = alone(tmp_path).write(5, parts_of(numbered(5)), {})
-    for name in ("rank_00000.safetensors", certificate.NAME):
-        whole = (path / name).read_bytes()
-        for length in range(0, len(whole), max(len(whole) // 20, 1)):
-            (path / name).write_bytes(whole[:length])
-            assert certificate.latest(tmp_path) is None, f"{name} cut to {length} bytes"
-        (path / name).write_bytes(whole)
-    assert certificate.latest(tmp_path) == path
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(28, "No space left on device"), r"the disk is full: .*rank_00000.* are free.*set run\.dir"),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
-        (PermissionError(13, "Permission denied"), "cannot write .*Permission denied"),
-    ],
-)
-def test_a_failing_write_names_the_cause_and_publishes_nothing(
-    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints = alone(tmp_path)
-    earlier = checkpoints.write(5, parts_of(numbered(5)), {})
-
-    def failing(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(durable, "save_file", failing)
-    with pytest.raises(CheckpointError, match=message):
-        checkpoints.write(10, parts_of(numbered(10)), {})
-    assert certificate.latest(tmp_path) == earlier
-
-
-def _fail_on_rank_one(folder: str) -> list[str]:
-    engine, checkpoints, messages = _engine(), alone(Path(folder)), []
-    checkpoints.save(engine, 1, seconds=0.0)
-    original = durable.save_file
-    for error in (OSError(28, "No space left on device"), KeyError("anything")):
-
-        def failing(*args: Any, error: Exception = error) -> None:
-            raise error
-
-        if dist.get_rank() == 1:
-            durable.save_file = failing
-        try:
-            checkpoints.save(engine, 2, seconds=0.0)
-        except CheckpointError as failure:
-            messages.append(str(failure))
-        durable.save_file = original
-    checkpoints.save(engine, 3, seconds=0.0)
-    return messages
-
-
-def test_a_failure_on_one_rank_is_the_same_error_on_all_and_the_next_save_works(tmp_path: Path) -> None:
-    first, second = run_ranks(_fail_on_rank_one, 2, str(tmp_path))
-    assert first == second and len(first) == 2
-    assert first[0].startswith("rank 1: the disk is full") and first[1] == "rank 1: KeyError('anything')"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
-
-
-def _die_on_rank_one_while_writing(folder: str) -> None:
-    engine, checkpoints = _engine(), alone(Path(folder))
-    checkpoints.save(engine, 1, seconds=0.0)
-    if dist.get_rank() == 1:
-        durable.save_file = lambda *_: os._exit(9)
-    checkpoints.save(engine, 2, seconds=0.0)
-
-
-def test_a_rank_killed_while_writing_leaves_the_earlier_checkpoint_in_force(tmp_path: Path) -> None:
-    with pytest.raises(RankFailedError, match="rank 1 of 2:\nthe process died with exit code 9"):
-        run_ranks(_die_on_rank_one_while_writing, 2, str(tmp_path))
-    assert certificate.latest(tmp_path) == tmp_path / "step_00000001"

@@ -10,6 +10,11 @@ from torch import Tensor
 from trainer.objectives.objective import LossTerms, Nets, Targets
 from trainer.objectives.transport import rowwise
 
+ERROR = "error/"
+"""Prefix of the names that a row's error is reported under: its role, and"""
+TIME_BIN = ERROR + "t_"
+"""its bin of |t|."""
+
 
 def row_loss(error: Tensor, kind: str, alpha: float = 1.0, scale: float = 1e-3) -> Tensor:
     """Loss of every row [B] of error = prediction - target [B, ...].
@@ -68,5 +73,12 @@ def group_rows(roles: Tensor, names: tuple[str, ...], t: Tensor, bins: int = 5) 
     """Indicator matrix [R, len(names) + bins] of the rows' role and bin of |t|, and the metric name of every column."""
     by_role = torch.nn.functional.one_hot(roles, len(names))
     by_time = torch.nn.functional.one_hot((t.abs() * bins).long().clamp_max(bins - 1), bins)
-    labels = [f"error/{name}" for name in names] + [f"error/t_{i / bins:.1f}_{(i + 1) / bins:.1f}" for i in range(bins)]
+    labels = [f"{ERROR}{name}" for name in names]
+    labels += [f"{TIME_BIN}{i / bins:.1f}_{(i + 1) / bins:.1f}" for i in range(bins)]
     return torch.cat([by_role, by_time], dim=1).to(torch.float32), tuple(labels)
+
+
+def rows_of_roles(targets: Targets) -> dict[str, int]:
+    """Graded rows by the role that their error is reported under."""
+    counts = dict(zip(targets.group_names, targets.groups.sum(dim=0).long().tolist(), strict=True))
+    return {name.removeprefix(ERROR): n for name, n in counts.items() if n and not name.startswith(TIME_BIN)}

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from trainer.objectives.passes import Runner
 
 ONLINE, TEACHER = 0, 1
 
@@ -152,7 +155,16 @@ class Objective(Protocol):
     def draw(self, rows: Rows, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Any: ...
 
     def targets(
-        self, nets: Nets, x: Tensor, cond: Any, null: Any, roles: Roles, draws: Any, chunk_rows: int | None = None
-    ) -> Targets: ...
+        self,
+        nets: Nets,
+        x: Tensor,
+        cond: Any,
+        null: Any,
+        roles: Roles,
+        draws: Any,
+        chunk_rows: int | None = None,
+        run: Runner = ...,
+    ) -> Targets:
+        """All no-grad passes go through `run` (default run_packed), so that they can be counted without a network."""
 
     def loss(self, nets: Nets, targets: Targets) -> LossTerms: ...
