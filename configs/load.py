@@ -24,8 +24,9 @@ IDENTITY_SECTIONS = ("model", "objective", "guidance", "optimizer", "schedule", 
 IDENTITY_KEYS = ("run.seed", "train.steps", "train.global_batch_size", "data.lanes")
 # Where the same weights lie, and how the frozen encoders compute, does not make another experiment.
 CIRCUMSTANCE_KEYS = ("model.path", "guidance.allow_divergent")
-_SECRET = re.compile(r"secret|token|password|credential|access_key", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+_SECRET = re.compile(r"secret|token|password|credential|(^|_)key$", re.IGNORECASE)
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s]+(?=@)")  # up to the last @: a password may hold one
+_URL_QUERY = re.compile(r"(?<=[?&])([^=&\s]*(?:secret|token|password|credential|signature|key))=[^&\s]+", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -42,17 +43,15 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     layers = [(str(file), _read(Path(file))) for file in files] + [(text, _override(text)) for text in overrides]
     schema = _schema(layers)
     merged = OmegaConf.structured(schema)
+    entries = {text for text in overrides if text.split("=")[0].count(".") >= 2}  # one entry of a mapping
     for where, layer in layers:
         _refuse_unknown(layer, merged, where)
-        if where.split("=")[0].count(".") < 2:
+        if where not in entries:
             _empty_mappings(merged, layer)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {_explain(error, layer, merged)}") from error
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(f"not set: {', '.join(missing)}; write them in the YAML file or as {missing[0]}=VALUE")
     assert isinstance(merged, DictConfig)
     config = _to_config(merged)
     rules.apply(config, ConfigError)
@@ -118,21 +117,30 @@ def _identifies(key: str) -> bool:
 
 
 def _read(path: Path) -> DictConfig:
+    """A YAML file by OmegaConf's reader, which refuses a key given twice and leaves dates text."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = OmegaConf.create(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name an existing YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content or {}, dict):
+    if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, for instance `train: {{steps: 100}}`")
-    return OmegaConf.create(content or {})
+    return content
 
 
 def _override(text: str) -> DictConfig:
     if "=" not in text:
         raise ConfigError(f"{text!r} is no override; write key=value, for instance train.steps=100")
-    return OmegaConf.from_dotlist([text])
+    key = text.split("=")[0]
+    if "[" in key:
+        raise ConfigError(
+            f"{text}: an entry of a list cannot be set alone; write the whole list, {key.split('[')[0]}=[...]"
+        )
+    try:
+        return OmegaConf.from_dotlist([text])
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text}: the value is not YAML: {error}") from error
 
 
 def _schema(layers: Sequence[tuple[str, DictConfig]]) -> type:
@@ -157,7 +165,14 @@ def _schema(layers: Sequence[tuple[str, DictConfig]]) -> type:
 
 
 def _to_config(merged: DictConfig) -> Config:
-    values = OmegaConf.to_object(merged)
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"not set: {', '.join(missing)}; write them in the YAML file or as {missing[0]}=VALUE")
+        values = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"a ${{...}} in {error.full_key or 'the configuration'} has no value: {reason}") from error
     sections = {field.name: getattr(values, field.name) for field in dataclasses.fields(Config)}
     plain: dict[str, Any] = {
         name: dataclasses.asdict(section) if name in knobs.FOLDERS else section for name, section in sections.items()
@@ -219,5 +234,5 @@ def _redact(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [_redact(inner, key) for inner in value]
     if isinstance(value, str):
-        return "***" if _SECRET.search(key) and value else _URL_PASSWORD.sub("***", value)
+        return "***" if _SECRET.search(key) and value else _URL_QUERY.sub(r"\1=***", _URL_LOGIN.sub("***", value))
     return value

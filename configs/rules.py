@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Callable
 
 from configs.schema import Config
 
 Error = type[ValueError]
+
+LARGEST = sys.float_info.max
+SMALLEST = sys.float_info.min
+RANGES = {
+    "run.seed": (0, 2**63 - 1),
+    "data.cache_gb": (SMALLEST, LARGEST),
+    "data.workers": (0, LARGEST),
+    "data.prefetch": (1, LARGEST),
+    "data.lanes": (1, LARGEST),
+    "encoder.max_text_tokens": (1, LARGEST),
+    "train.steps": (1, LARGEST),
+    "train.global_batch_size": (1, LARGEST),
+    "train.micro_batch_size": (1, LARGEST),
+    "train.chunk_rows": (1, LARGEST),
+    "optimizer.learning_rate": (SMALLEST, LARGEST),
+    "optimizer.eps": (SMALLEST, LARGEST),
+    "optimizer.weight_decay": (0, LARGEST),
+    "optimizer.max_grad_norm": (0, LARGEST),
+    "schedule.final_ratio": (0, 1),
+    "checkpoint.every": (0, LARGEST),
+    "checkpoint.keep_last": (1, LARGEST),
+    "sample.every": (0, LARGEST),
+    "sample.columns": (1, LARGEST),
+    "sample.chunk_rows": (1, LARGEST),
+    "tracking.every": (1, LARGEST),
+    "tracking.held_out_every": (0, LARGEST),
+    "runtime.nproc": (1, LARGEST),
+    "runtime.threads": (1, LARGEST),
+    "runtime.port": (1, 65535),
+    "runtime.stop_timeout_s": (1, LARGEST),
+    "runtime.collective_timeout_s": (1, LARGEST),
+}
+"""Lowest and highest legal value, both included; null is legal where the schema has it, nan nowhere."""
+SAMPLERS = r"[124]nfe|(few|any|multi)0*[1-9]\d*"
+"""Names that trainer/generate/sampler.py knows; a typing error must not come to light when the training is over."""
 
 
 def apply(config: Config, error: Error) -> None:
@@ -65,7 +102,7 @@ def _guidance(config: Config) -> None:
         return
     frozen = objective["teacher"] == "frozen"
     if scale is not None:
-        if scale < 1:
+        if not scale >= 1:
             raise ValueError(f"guidance.scale is {scale}; 1 is no guidance, useful values lie between 1 and 8")
         ratio = scale - 1 if frozen else 1 - 1 / scale
         if frozen and objective.get("image_free") and scale > 1:
@@ -85,22 +122,34 @@ def _guidance(config: Config) -> None:
         )
 
 
-def _counts(config: Config) -> None:
-    positive = {
-        "train.steps": config.train.steps,
-        "train.global_batch_size": config.train.global_batch_size,
-        "train.micro_batch_size": config.train.micro_batch_size,
-        "tracking.every": config.tracking.every,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "sample.columns": config.sample.columns,
-        "sample.chunk_rows": config.sample.chunk_rows,
-        "optimizer.learning_rate": config.optimizer.learning_rate,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise ValueError(f"{key} is {value}; it must be positive")
-    if config.train.chunk_rows is not None and config.train.chunk_rows < 1:
-        raise ValueError(f"train.chunk_rows is {config.train.chunk_rows}; it must be positive, or null for no limit")
+def _ranges(config: Config) -> None:
+    wrong = []
+    for key, (lowest, highest) in RANGES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None and not lowest <= value <= highest:
+            wrong.append(f"{key} is {value}; it must be {_bounds(lowest, highest)}")
+    options = {"objective": config.objective, "model": config.model, "engine": config.engine}
+    for kind, given in options.items():
+        nans = [option for option, number in given.items() if isinstance(number, float) and math.isnan(number)]
+        wrong += [f"{kind}.{option} is nan; write a number" for option in nans]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _bounds(lowest: float, highest: float) -> str:
+    if highest != LARGEST:
+        return f"from {lowest:g} to {highest:g}"
+    return "positive" if lowest in (1, SMALLEST) else f"{lowest:g} or more"
+
+
+def _samplers(config: Config) -> None:
+    for key, names in (("sample.presets", config.sample.presets), ("evaluate.presets", config.evaluate.presets)):
+        for name in names:
+            if not re.fullmatch(SAMPLERS, name):
+                raise ValueError(
+                    f"{key}: unknown sampler {name!r}; write 1nfe, 2nfe, 4nfe, or fewN, anyN, multiN with N steps"
+                )
 
 
 def _optimizer(config: Config) -> None:
@@ -144,4 +193,23 @@ def _numerics(config: Config) -> None:
         )
 
 
-RULES = (_run_name, _guidance, _counts, _optimizer, _schedule, _averages, _yardstick, _numerics)
+def _reading(config: Config) -> None:
+    data = config.data
+    if not data.read_budget_s > 0:
+        raise ValueError(f"data.read_budget_s is {data.read_budget_s}; a time above 0 [s], for instance 60")
+    if not 0 <= data.max_bad_samples <= 1:
+        raise ValueError(f"data.max_bad_samples is {data.max_bad_samples}; a share of the samples, from 0 to 1")
+
+
+RULES = (
+    _run_name,
+    _reading,
+    _guidance,
+    _ranges,
+    _samplers,
+    _optimizer,
+    _schedule,
+    _averages,
+    _yardstick,
+    _numerics,
+)

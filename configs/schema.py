@@ -36,6 +36,10 @@ class Data:
     """Loader processes per rank; 0 decodes in the training process."""
     prefetch: int = 4
     """Batches that a loader process prepares ahead."""
+    read_budget_s: float = 60.0
+    """Time that may be lost on one object of a store by failed attempts, waits and stalls before the run stops [s]."""
+    max_bad_samples: float = 0.001
+    """Share of an epoch's samples that may be undecodable and replaced; more stop the run."""
     lanes: int | None = None
     """Parts of a stream read side by side; more mixes better and opens more shards. Default: see data/order.py."""
 

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Replacement(NamedTuple):
+    """A sample that could not be decoded, and what stands in for it.
+
+    row: of the global batch; offset: of its first member in the shard [bytes]; stand_in: key of the sample of the same
+    shard that took its place; reason: why, naming shard and key.
+    """
+
+    row: int
+    shard: str
+    key: str
+    offset: int
+    stand_in: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -13,7 +29,8 @@ class Batch:
     """Rows [rank * n, (rank + 1) * n) of global step `step`.
 
     pixels: [n, C, H, W] float32 in [-1, 1]; captions, keys, shards: n strings; own_epochs: n passes through the stream
-    completed before this sample; bucket: (height, width) of every image; rows: [n] int64 row in the global batch.
+    completed before this sample; bucket: (height, width) of every image; rows: [n] int64 row in the global batch;
+    replaced: rows whose own sample could not be decoded (keys then names the stand-in).
     """
 
     step: int
@@ -24,6 +41,7 @@ class Batch:
     keys: tuple[str, ...]
     shards: tuple[str, ...]
     own_epochs: tuple[int, ...]
+    replaced: tuple[Replacement, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

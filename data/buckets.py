@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -13,3 +15,44 @@ class Bucket(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
+
+
+def bucket_table(resolution: int, step: int, max_aspect: float) -> tuple[Bucket, ...]:
+    """Buckets of about resolution^2 pixels with sides that are multiples of `step`, from tall to wide.
+
+    For every longer side up to max_aspect times the shorter one, the shorter side that brings the area closest.
+    Raises ValueError where resolution is no multiple of step or max_aspect is below 1.
+    """
+    if step < 1 or resolution < step or resolution % step:
+        raise ValueError(f"the resolution {resolution} is not a multiple of the bucket step {step}; change one of them")
+    if max_aspect < 1:
+        raise ValueError(f"the largest aspect {max_aspect} is below 1; it is longer side / shorter side")
+    found = set()
+    for longer in range(resolution, int(resolution * max_aspect) + 1, step):
+        shorter = int(resolution**2 / longer / step + 0.5) * step
+        if 0 < longer <= max_aspect * shorter:
+            found |= {Bucket(longer, shorter), Bucket(shorter, longer)}
+    return tuple(sorted(found, key=lambda bucket: (bucket.width / bucket.height, bucket)))
+
+
+def nearest_bucket(height: float, width: float, table: Iterable[Bucket]) -> Bucket:
+    """The bucket whose ratio of sides is nearest to that of an image, on a logarithmic scale."""
+    return min(table, key=lambda bucket: abs(math.log(width * bucket.height / (height * bucket.width))))
+
+
+def merge_small(counts: Mapping[Bucket, int], minimum: int) -> dict[Bucket, Bucket]:
+    """Where the images of each bucket go so that none holds fewer than `minimum`, while there is more than one.
+
+    The smallest bucket joins the nearest ratio that is left, until no bucket is too small.
+    """
+    left = {bucket: count for bucket, count in sorted(counts.items()) if count}
+    target = {bucket: bucket for bucket in left}
+    while len(left) > 1:
+        smallest = min(left, key=lambda bucket: left[bucket])
+        if left[smallest] >= minimum:
+            break
+        count = left.pop(smallest)
+        heir = nearest_bucket(*smallest, left)
+        left[heir] += count
+        target = {bucket: heir if now == smallest else now for bucket, now in target.items()}
+    return target

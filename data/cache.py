@@ -2,10 +2,12 @@
 
 A cached file appears by rename and is therefore complete. A fetch holds a file lock, which the kernel drops when its
 holder dies. Its `.part` file has its full size from the start, so that fetches under way count against the ceiling.
+A `.failed` file tells those who waited for the lock why the fetch gave up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -17,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from data.s3 import DataError, Folder
+from data.s3 import BudgetSpentError, DataError, Folder
 
 # Objects share a fixed set of lock files: a lock file may never be removed, and a run sees many shards.
 _LOCKS = 256
@@ -47,9 +49,18 @@ class ShardCache:
         if (file := _open_used(path)) is not None:
             return file
         self._make_directory()
+        note, began = path.with_suffix(".failed"), time.time()
         with self._lock(self._lock_of(path)):
-            # Another process may have fetched it while this one waited for the lock.
-            return _open_used(path) or self._fetch(folder, name, size, etag, path)
+            # Another process may have fetched it while this one waited for the lock, or have tried in vain.
+            if (file := _open_used(path)) is not None:
+                return file
+            _raise_noted(note, began)
+            try:
+                return self._fetch(folder, name, size, etag, path)
+            except BudgetSpentError as error:
+                with contextlib.suppress(OSError):  # the note only saves the others' time
+                    note.write_text(str(error), encoding="utf-8")
+                raise
 
     def _fetch(self, folder: Folder, name: str, size: int, etag: str | None, path: Path) -> BinaryIO:
         url, partial = folder.url_of(name), path.with_suffix(".part")
@@ -64,9 +75,11 @@ class ShardCache:
                 )
             file = open(partial, "rb")  # noqa: SIM115 (the caller closes it)
             partial.rename(path)
+            path.with_suffix(".failed").unlink(missing_ok=True)
             return file
         except OSError as error:
-            remedy = "free space or set data.cache_dir to another disk" if error.errno == errno.ENOSPC else "check it"
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "free space, lower data.cache_gb or set data.cache_dir to another disk" if full else "check it"
             raise DataError(f"{self.directory}: cannot cache {url}: {error.strerror or error}; {remedy}") from error
         finally:
             partial.unlink(missing_ok=True)
@@ -108,7 +121,7 @@ class ShardCache:
 
     def _abandoned(self, partial: Path) -> bool:
         """Whether the process that fetched this file is gone: its lock can be had."""
-        with open(self.directory / self._lock_of(partial), "ab") as lock:
+        with open(self.directory / f"{self._lock_of(partial)}.lock", "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -145,6 +158,13 @@ def _open_used(path: Path) -> BinaryIO | None:
         return None
     os.utime(file.fileno())
     return file
+
+
+def _raise_noted(note: Path, began: float) -> None:
+    """Raise what another process noted since `began`: each spending a budget in turn would add up to a hang."""
+    with contextlib.suppress(FileNotFoundError):
+        if note.stat().st_mtime >= began:
+            raise BudgetSpentError(note.read_text(encoding="utf-8"))
 
 
 def _open_local(path: Path, size: int) -> BinaryIO:

@@ -1,13 +1,15 @@
 """The index of a shard: where in the tar every member of every sample lies.
 
-<shard>.idx     {"format": "twinflow-index", "version": 1, "shard": ..., "extensions": ["json", "png", ...],
-                 "keys": [...], "spans": [per sample [per extension [offset, bytes] or null]]}
+<shard>.idx     {"format": "twinflow-index", "version": 1, "shard": ..., "bytes", "sha256" of the tar,
+                 "bucket": [height, width], "extensions": ["json", "png", ...], "keys": [...],
+                 "spans": [per sample [per extension [offset, bytes] or null]]}
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 from data.buckets import Bucket
 from data.manifest import VERSION, Shard, load_document, required
 from data.permutation import Integers
-from data.s3 import DataError
+from data.s3 import DataError, safe_name
 
 # These run code when they are loaded; no reader of ours may ever meet them.
 _PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt"})
@@ -25,12 +27,14 @@ _PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt"})
 
 @dataclass(frozen=True)
 class Index:
-    """Members of a shard's samples. spans: int64 [samples, extensions, 2] offset and bytes, -1 where absent."""
+    """Members of a shard's samples. spans: int64 [samples, extensions, 2] offset and bytes, -1 where absent; sha256:
+    digest of the tar, None where its index does not say."""
 
     shard: str
     extensions: tuple[str, ...]
     keys: tuple[str, ...]
     spans: Integers
+    sha256: str | None = None
 
     def members(self, sample: int) -> dict[str, tuple[int, int]]:
         """Extension -> (offset, bytes) of one sample."""
@@ -38,36 +42,78 @@ class Index:
         return {extension: (offset, size) for extension, (offset, size) in spans if offset >= 0}
 
 
-def index_tar(path: Path) -> Index:
-    """Find the members of every sample of a tar, grouped as webdataset groups them. Raises DataError on pickles."""
+def index_tar(path: Path, url: str | None = None) -> Index:
+    """Find the members of every sample of a tar, grouped as webdataset groups them. url: as errors name the tar.
+
+    Raises DataError on pickles and on names that lead outside a folder.
+    """
     from webdataset.tariterators import base_plus_ext  # it imports torch, which only a writer of indexes can spare
 
+    where = url or str(path)
     samples: dict[str, dict[str, list[int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                if not safe_name(member.name):
+                    raise DataError(
+                        f"{where}: member {member.name!r:.200} leads outside its folder; write the shard again"
+                    )
                 key, extension = base_plus_ext(member.name)
                 if member.isreg() and key is not None and not member.name.startswith("__"):
-                    _refuse_pickle(extension, key, str(path))
+                    _refuse_pickle(extension, key, where)
                     samples.setdefault(key, {})[extension.lower()] = [member.offset_data, member.size]
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: not a readable tar ({error}); write the shard again") from error
+        raise DataError(f"{where}: not a readable tar ({error}); write the shard again") from error
     extensions = tuple(sorted({extension for members in samples.values() for extension in members}))
     spans = [[members.get(extension, [-1, -1]) for extension in extensions] for members in samples.values()]
     array = np.array(spans, dtype=np.int64).reshape(len(samples), len(extensions), 2)
     return Index(path.name, extensions, tuple(samples), array)
 
 
-def write_index(folder: Path, name: str, index: Index, source: str, bucket: Bucket, etag: str | None = None) -> Shard:
-    """Write <shard>.idx beside folder/name and return the shard's entry for the manifest."""
+def write_index(
+    folder: Path,
+    name: str,
+    index: Index,
+    source: str,
+    bucket: Bucket,
+    etag: str | None = None,
+    tar: Path | None = None,
+) -> Shard:
+    """Write <shard>.idx into `folder` and return the shard's entry for the manifest. tar: default folder/name."""
     spans = [[span if span[0] >= 0 else None for span in sample] for sample in index.spans.tolist()]
-    document = {"format": "twinflow-index", "version": VERSION, "shard": name, "extensions": list(index.extensions)}
-    body = json.dumps(document | {"keys": list(index.keys), "spans": spans}, separators=(",", ":")).encode()
-    tar = folder / name
+    with open(tar or folder / name, "rb") as file:
+        size, content = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    document = {"format": "twinflow-index", "version": VERSION, "shard": name, "bytes": size, "sha256": content}
+    document |= {"bucket": list(bucket), "extensions": list(index.extensions), "keys": list(index.keys), "spans": spans}
+    body = json.dumps(document, separators=(",", ":")).encode()
     digest = hashlib.sha256(body).hexdigest()
-    shard = Shard(str(folder), source, name, tar.stat().st_size, etag, len(index.keys), bucket, len(body), digest)
+    shard = Shard(str(folder), source, name, size, etag, len(index.keys), bucket, len(body), digest)
+    (folder / shard.index_name).parent.mkdir(parents=True, exist_ok=True)
     (folder / shard.index_name).write_bytes(body)
     return shard
+
+
+def known_shard(body: bytes, name: str, source: str, size: int, etag: str | None, folder: str) -> Shard | None:
+    """The manifest's entry of a tar of `size` bytes from an index made earlier; None where it was made of another."""
+    where = f"{folder}/{name}"
+    try:
+        document = load_document(body, "twinflow-index", where)
+        bucket, keys = required(document, "bucket", list, where), required(document, "keys", list, where)
+        shard = Shard(
+            folder=folder,
+            source=source,
+            name=name,
+            bytes=size,
+            etag=etag,
+            samples=len(keys),
+            bucket=Bucket(*(int(side) for side in bucket)),
+            index_bytes=len(body),
+            index_sha256=hashlib.sha256(body).hexdigest(),
+        )
+        parse_index(body, shard)
+    except (DataError, ValueError, TypeError):
+        return None  # whoever asks makes the index again
+    return shard if keys and (document.get("shard"), document.get("bytes")) == (name, size) else None
 
 
 def parse_index(body: bytes, shard: Shard) -> Index:
@@ -91,7 +137,8 @@ def parse_index(body: bytes, shard: Shard) -> Index:
     # No sum of the two: it could overflow.
     if (array < -1).any() or (offset > shard.bytes).any() or (size > shard.bytes - offset).any():
         raise DataError(f"{where}: a member lies outside the {shard.bytes} bytes of its shard; write the index again")
-    return Index(shard.name, tuple(map(str, extensions)), tuple(map(str, keys)), array)
+    content = None if document.get("sha256") is None else required(document, "sha256", str, where)
+    return Index(shard.name, tuple(map(str, extensions)), tuple(map(str, keys)), array, content)
 
 
 def _refuse_pickle(extension: str, key: str, where: str) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.batch import Batch
+from data.batch import Batch, Replacement
 from data.cache import ShardCache
 from data.index import Index, parse_index
 from data.manifest import Manifest, Shard
 from data.order import Order
-from data.s3 import DataError, Folder, open_folder
-from data.samples import Sample, read_sample
+from data.s3 import READ_BUDGET_S, DataError, Folder, open_folder
+from data.samples import Sample, SampleError, read_sample
 from data.workers import Progress, obey, worker_context
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class Loader:
 
     rank, world_size: data-parallel position; the rank's rows are a contiguous part of the global batch.
     workers: loader processes (0: decode here); prefetch: batches that each prepares ahead; cache_dir, cache_gb: shard
-    cache of the node for s3:// data; endpoint_url: S3 endpoint of stores other than AWS.
+    cache of the node for s3:// data; endpoint_url: S3 endpoint of stores other than AWS; read_budget_s: time that may be
+    lost on one object before it is given up.
     Raises ValueError where world_size does not divide the global batch, DataError where a shard or index is missing
     or has another size than the manifest says; iteration raises DataError for data that cannot be read.
 
@@ -54,6 +55,7 @@ class Loader:
         cache_dir: str | None = None,
         cache_gb: float = 50.0,
         endpoint_url: str | None = None,
+        read_budget_s: float = READ_BUDGET_S,
     ) -> None:
         if order.manifest_digest != manifest.digest:
             raise ValueError("the order was made from another manifest than the loader reads")
@@ -62,7 +64,9 @@ class Loader:
                 f"rank {rank} of {world_size} cannot take an equal part of train.global_batch_size="
                 f"{order.global_batch_size}; take a batch size that is a multiple of the number of ranks"
             )
-        folders = {url: open_folder(url, endpoint_url) for url in {shard.folder for shard in manifest.shards}}
+        folders = {
+            url: open_folder(url, endpoint_url, read_budget_s) for url in {shard.folder for shard in manifest.shards}
+        }
         for folder in folders.values():
             # Listing a large remote folder takes many requests, and one rank that fails stops all.
             if rank == 0 or folder.local_path("") is not None:
@@ -115,6 +119,9 @@ class Loader:
                 self.total_wait_s += self.last_wait_s
                 if isinstance(batch, _Failure):
                     raise DataError(batch.message)
+                for bad in batch.replaced:
+                    place = f"step {step}, row {bad.row}, byte {bad.offset} of the shard"
+                    log.warning("%s (%s); sample %s stands in", bad.reason, place, bad.stand_in)
                 yield batch
         finally:
             # A traceback may hold this frame for long; the loader processes end now.
@@ -170,11 +177,14 @@ class _Steps(Dataset[Any]):
     def _batch(self, step: int) -> Batch:
         references = self.order.step(step, self.rows)
         samples: list[Sample | None] = [None] * len(self.rows)
+        replaced: list[Replacement] = []
         for number in np.unique(references.shard).tolist():
             self._note(step, number)
             rows = np.flatnonzero(references.shard == number).tolist()
-            for row, sample in zip(rows, self._samples(number, references.index[rows].tolist()), strict=True):
+            wanted = references.index[rows].tolist()
+            for row, (sample, bad) in zip(rows, self._samples(number, wanted), strict=True):
                 samples[row] = sample
+                replaced += [bad._replace(row=self.rows[row])] if bad else []
         found = [sample for sample in samples if sample is not None]
         assert len(found) == len(self.rows)
         shards = [self.manifest.shards[number] for number in references.shard.tolist()]
@@ -187,14 +197,15 @@ class _Steps(Dataset[Any]):
             keys=tuple(sample.key for sample in found),
             shards=tuple(shard.name for shard in shards),
             own_epochs=tuple(references.own_epoch.tolist()),
+            replaced=tuple(sorted(replaced)),
         )
 
-    def _samples(self, number: int, indices: list[int]) -> Iterator[Sample]:
+    def _samples(self, number: int, indices: list[int]) -> Iterator[tuple[Sample, Replacement | None]]:
         shard, index = self.manifest.shards[number], self._index(number)
         folder, version = self.folders[shard.folder], shard.index_sha256
         with self.cache.open(folder, shard.name, shard.bytes, etag=shard.etag, version=version) as file:
             for i in indices:
-                yield read_sample(file.fileno(), shard, index, i, self.manifest.channels)
+                yield _decodable(file.fileno(), shard, index, i, self.manifest.channels)
 
     def _index(self, number: int) -> Index:
         if number in self._indexes:
@@ -211,6 +222,22 @@ class _Steps(Dataset[Any]):
     def _note(self, step: int, shard: int) -> None:
         if (worker := get_worker_info()) is not None and self.progress is not None:
             self.progress.note(worker.id, step, shard)
+
+
+def _decodable(file: int, shard: Shard, index: Index, wanted: int, channels: int) -> tuple[Sample, Replacement | None]:
+    """Sample `wanted` or the next one of its shard that can be decoded, wrapping: a function of the shard alone."""
+    failure: SampleError | None = None
+    for number in [*range(wanted, shard.samples), *range(wanted)]:
+        try:
+            sample = read_sample(file, shard, index, number, channels)
+        except SampleError as error:
+            failure = failure or error
+            continue
+        if failure is None:
+            return sample, None
+        key, offset = index.keys[wanted], min((o for o, _ in index.members(wanted).values()), default=0)
+        return sample, Replacement(0, shard.name, key, offset, sample.key, str(failure))
+    raise DataError(f"none of the {shard.samples} samples of {shard.url} can be decoded; the first tried: {failure}")
 
 
 def _check_present(folder: Folder, shards: list[Shard]) -> None:

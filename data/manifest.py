@@ -19,11 +19,13 @@ import numpy as np
 
 from data.buckets import Bucket
 from data.order import Stream
-from data.s3 import DataError, open_folder, safe_name
+from data.s3 import READ_BUDGET_S, DataError, open_folder, safe_name
 
 MANIFEST = "manifest.json"
 VERSION = 1
 CHANNELS = (1, 3)
+# Sums over many shards must fit 64 bits.
+_LARGEST = 1 << 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +106,9 @@ class Manifest:
         return cls(shards, parts[0][0].channels, tuple(sorted(weights.items())))
 
 
-def read_manifest(url: str, endpoint_url: str | None = None) -> Manifest:
+def read_manifest(url: str, endpoint_url: str | None = None, read_budget_s: float = READ_BUDGET_S) -> Manifest:
     """Manifest of the folder or s3:// prefix `url`. Raises DataError where it is missing or malformed."""
-    folder = open_folder(url, endpoint_url)
+    folder = open_folder(url, endpoint_url, read_budget_s)
     where = folder.url_of(MANIFEST)
     document = load_document(folder.read(MANIFEST), "twinflow-manifest", where)
     channels, entries = required(document, "channels", int, where), required(document, "shards", list, where)
@@ -163,6 +165,8 @@ def _shard(entry: Any, folder: str, source: str, where: str) -> Shard:
         raise DataError(f"{where}: {name!r} is not the name of a .tar below the manifest's folder")
     where = f"{where} ({name})"
     numbers = {k: required(entry, k, int, where) for k in ("bytes", "samples", "index_bytes")}
+    if not all(-_LARGEST < number < _LARGEST for number in numbers.values()):
+        raise DataError(f"{where}: a size or count beyond 2^48; write the manifest again")
     if numbers["samples"] < 1:
         raise DataError(f"{where}: holds no sample; leave the shard out of the manifest")
     size = required(entry, "bucket", list, where)

@@ -6,14 +6,22 @@ Credentials come from boto3's standard chain (environment, profile, instance rol
 from __future__ import annotations
 
 import functools
+import http.client
+import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlparse
 
-_CHUNK = 4 << 20
+from data.retry import Budget, code_of, longest_silence_s, status_of, transient
+
+log = logging.getLogger(__name__)
+
+READ_BUDGET_S = 60.0
+_PIECE = 1 << 20
 _ABSENT = "no such object; check data.manifest, and that the upload finished"
 _SILENT = "the server cannot be reached; check data.endpoint_url and the network"
 _DENIED = "access refused; check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE) and the bucket's policy"
@@ -29,6 +37,10 @@ _REMEDIES = {
 
 class DataError(RuntimeError):
     """The data cannot be read as asked; the message names the URL or file, the cause and the remedy."""
+
+
+class BudgetSpentError(DataError):
+    """Reading was tried for as long as data.read_budget_s allows."""
 
 
 class Folder(Protocol):
@@ -57,14 +69,14 @@ class Folder(Protocol):
         """The object as errors name it."""
 
 
-def open_folder(url: str, endpoint_url: str | None = None) -> Folder:
+def open_folder(url: str, endpoint_url: str | None = None, read_budget_s: float = READ_BUDGET_S) -> Folder:
     """Folder of a plain path, a file:// or an s3:// URL. Raises DataError for other schemes."""
     scheme, rest = url.split("://", 1) if "://" in url else ("", url)
     if scheme in ("", "file"):
         return LocalFolder(Path(unquote(urlparse(url).path) if scheme else rest))
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
-        return S3Folder(bucket, prefix.strip("/"), endpoint_url)
+        return S3Folder(bucket, prefix.strip("/"), endpoint_url, read_budget_s)
     raise DataError(
         f"{url}: {scheme}:// is not supported; give a path, file:// or s3:// (data.manifest, data.held_out)"
     )
@@ -107,35 +119,43 @@ class LocalFolder:
 
 
 class S3Folder:
-    """Objects below s3://bucket/prefix; one client per process, so that it may be sent to loader processes."""
+    """Objects below s3://bucket/prefix; one client per process, so that it may be sent to loader processes.
 
-    def __init__(self, bucket: str, prefix: str, endpoint_url: str | None) -> None:
+    What may pass (a broken, stalled or short body, a server that is down or busy) is tried again, from the last byte
+    on and for the same ETag, until read_budget_s seconds are lost on one object.
+    """
+
+    def __init__(
+        self, bucket: str, prefix: str, endpoint_url: str | None, read_budget_s: float = READ_BUDGET_S
+    ) -> None:
         if not bucket:
             raise DataError("s3:// without a bucket name; write s3://BUCKET/PREFIX")
         self.bucket, self.prefix, self.endpoint_url = bucket, prefix, endpoint_url
+        self.read_budget_s = read_budget_s
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.identity = f"{endpoint_url or 'aws'} {self.url}"
 
     def sizes(self) -> dict[str, int]:
         start = f"{self.prefix}/" if self.prefix else ""
-        try:
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
-            return {o["Key"][len(start) :]: o["Size"] for page in pages for o in page.get("Contents", ())}
-        except Exception as error:
-            raise self._explained(error, self.url) from error
+        found: dict[str, int] = {}
+        more: dict[str, str] = {}
+        while True:
+            page = self._request("list_objects_v2", self.url, Budget(self.read_budget_s), Prefix=start, **more)
+            found |= {o["Key"][len(start) :]: o["Size"] for o in page.get("Contents", ())}
+            if not page.get("IsTruncated"):
+                return found
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
         if size == 0:
             return b""
-        end = "" if size is None else start + size - 1
-        request = {} if start == 0 and size is None else {"Range": f"bytes={start}-{end}"}
-        body = b"".join(self._body(name, request))
+        body = b"".join(self._body(name, start, size))
         if size is not None and len(body) < size:
             raise DataError(f"{self.url_of(name)}: {len(body)} bytes from {start} where {size} were asked")
         return body
 
     def download(self, name: str, target: BinaryIO, etag: str | None = None) -> int:
-        return sum(target.write(chunk) for chunk in self._body(name, {}, etag))
+        return sum(target.write(piece) for piece in self._body(name, etag=etag))
 
     def local_path(self, name: str) -> Path | None:
         return None
@@ -145,49 +165,98 @@ class S3Folder:
 
     @property
     def _client(self) -> Any:
-        return _client(os.getpid(), self.endpoint_url)
+        return _client(os.getpid(), self.endpoint_url, longest_silence_s(self.read_budget_s))
 
-    def _key(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix else name
-
-    def _body(self, name: str, request: dict[str, str], etag: str | None = None) -> Iterator[bytes]:
-        """Chunks of one GET. botocore retries up to the headers; what breaks in the body ends here."""
-        condition = {"IfMatch": etag} if etag else {}
-        try:
-            response = self._client.get_object(Bucket=self.bucket, Key=self._key(name), **request, **condition)
+    def _body(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> Iterator[bytes]:
+        """The object's bytes from `start`, at most `size`, by as many GETs as it takes."""
+        url, budget, position = self.url_of(name), Budget(self.read_budget_s), start
+        end, seen = (None if size is None else start + size), etag
+        while end is None or position < end:
+            request = {"Key": f"{self.prefix}/{name}" if self.prefix else name} | ({"IfMatch": seen} if seen else {})
+            if position or size is not None:
+                request["Range"] = f"bytes={position}-{'' if size is None else start + size - 1}"
+            response = self._request("get_object", url, budget, **request)
             # Some stores ignore the condition.
-            if etag and response["ETag"].strip('"') != etag.strip('"'):
-                raise self._changed(name, etag, response["ETag"])
-            yield from response["Body"].iter_chunks(_CHUNK)
-        except DataError:
-            raise
-        except Exception as error:
-            if _status(error) == 412 and etag:
-                present = self._client.head_object(Bucket=self.bucket, Key=self._key(name))["ETag"]
-                raise self._changed(name, etag, present) from error
-            raise self._explained(error, self.url_of(name)) from error
+            if seen and response["ETag"].strip('"') != seen.strip('"'):
+                raise _changed(url, seen, response["ETag"])
+            seen, (first, last) = seen or response["ETag"], _extent(response, position)
+            end = last if end is None or last is None else min(end, last)
+            began = time.monotonic()
+            try:
+                for offset, piece in _pieces(response["Body"], budget, first):
+                    fresh = piece[max(0, position - offset) : None if end is None else max(0, end - offset)]
+                    position += len(fresh)
+                    yield fresh
+                    began = time.monotonic()
+                if end is None:
+                    return
+                if position < end:
+                    raise http.client.IncompleteRead(b"", end - position)
+            except Exception as error:
+                self._go_on(error, url, budget, time.monotonic() - began)
 
-    def _changed(self, name: str, etag: str, present: str) -> DataError:
-        return DataError(
-            f"{self.url_of(name)}: changed since its manifest was written (ETag {present}, the manifest says {etag}); "
-            "restore the object, or write manifest and indexes again"
-        )
+    def _request(self, operation: str, url: str, budget: Budget, **arguments: Any) -> dict[str, Any]:
+        """The store's answer to one request, asked again while that may help."""
+        while True:
+            began = time.monotonic()
+            try:
+                response: dict[str, Any] = getattr(self._client, operation)(Bucket=self.bucket, **arguments)
+                return response
+            except Exception as error:
+                if status_of(error) == 412 and "IfMatch" in arguments:
+                    there = self._request("head_object", url, budget, Key=arguments["Key"])
+                    raise _changed(url, arguments["IfMatch"], there["ETag"]) from error
+                self._go_on(error, url, budget, time.monotonic() - began)
 
-    def _explained(self, error: Exception, url: str) -> DataError:
-        code = str(getattr(error, "response", {}).get("Error", {}).get("Code", type(error).__name__))
+    def _go_on(self, error: Exception, url: str, budget: Budget, elapsed_s: float) -> None:
+        """Return after a while where another attempt may help, else raise what a person can use."""
+        code = code_of(error)
         where = f" at {self.endpoint_url}" if self.endpoint_url else ""
-        remedy = _REMEDIES.get(code) or (_DENIED if _status(error) in (401, 403) else str(error))
-        return DataError(f"{url}{where}: {remedy} ({code})")
+        if not transient(error):
+            remedy = _REMEDIES.get(code) or (_DENIED if status_of(error) in (401, 403) else str(error))
+            raise DataError(f"{url}{where}: {remedy} ({code})") from error
+        if budget.again(error, elapsed_s):
+            log.info("%s%s: %s; reading goes on (%s)", url, where, error, budget)
+            return
+        remedy = _REMEDIES.get(code, "check the server and the network, or raise data.read_budget_s")
+        raise BudgetSpentError(f"{url}{where}: {remedy}; gave up after {budget}; last: {error}") from error
 
 
-def _status(error: Exception) -> int | None:
-    """HTTP status of a refused request."""
-    status: int | None = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status
+def _pieces(body: Any, budget: Budget, first: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of a response's body as they arrive. Raises TimeoutError where it drips until the budget ends."""
+    with body as stream:
+        while True:
+            began = time.monotonic()
+            piece = stream.read1(_PIECE)  # read() would wait for all of them, however slowly they come
+            budget.received(len(piece), time.monotonic() - began)
+            if not piece:
+                return
+            yield first, piece
+            first += len(piece)
+
+
+def _extent(response: dict[str, Any], asked: int) -> tuple[int, int | None]:
+    """First byte of the object in the body, and the one after its last (None: not said), when it was asked from
+    `asked` on."""
+    if said := response.get("ContentRange"):
+        first, last = said.removeprefix("bytes ").split("/")[0].split("-")
+        return int(first), int(last) + 1
+    length = response.get("ContentLength")
+    status = response["ResponseMetadata"]["HTTPStatusCode"]
+    # Without that header, 200 means the whole object: the range was ignored.
+    first = asked if status == 206 else 0
+    return first, None if length is None else first + int(length)
+
+
+def _changed(url: str, expected: str, present: str) -> DataError:
+    return DataError(
+        f"{url}: changed since its manifest was written, or while it was read (ETag {present}, expected {expected}); "
+        "restore the object, or write manifest and indexes again"
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _client(pid: int, endpoint_url: str | None) -> Any:
+def _client(pid: int, endpoint_url: str | None, silence_s: float) -> Any:
     """S3 client of this process: `pid` is in the key because connections do not survive a fork."""
     import boto3
     from botocore.config import Config
@@ -195,9 +264,10 @@ def _client(pid: int, endpoint_url: str | None) -> Any:
     config = Config(
         # Virtual-hosted addresses need a DNS name per bucket, which stores behind a plain endpoint rarely have.
         s3={"addressing_style": "path"} if endpoint_url else None,
-        retries={"mode": "standard", "max_attempts": 5},
-        connect_timeout=10,
-        read_timeout=30,
+        # Attempts are ours: botocore's end at the headers and know nothing of the budget.
+        retries={"mode": "standard", "total_max_attempts": 1},
+        connect_timeout=silence_s,
+        read_timeout=silence_s,
         # Some stores answer a range with the checksum of the whole object, which the default setting refuses.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",

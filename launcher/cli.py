@@ -59,10 +59,10 @@ def train(
         logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
         logs.mkdir(parents=True, exist_ok=True)
         load.save(config, logs / "config.yaml")
-        with local.sole_owner(folder):
+        with local.sole_owner(folder) as lock:
             job = training_job(config, settings, allow_change, folder, logs)
             stamp = local.status_stamp(folder)
-            outcome = local.Runner(job).run()
+            outcome = local.Runner(job, lock).run()
     except (ForeignFolder, local.LaunchError, OSError) as error:
         _fail("cannot start", str(error))
     raise typer.Exit(report(outcome, job, folder, resume_command(config, settings, folder), stamp))
@@ -79,7 +79,7 @@ def training_job(config: Config, settings: list[str], allow_change: list[str], f
         module="trainer.train",
         arguments=(*arguments, *overrides, f"run.dir={json.dumps(str(folder))}"),
         nproc=nproc,
-        threads=threads(wanted.threads, os.cpu_count() or 1, nproc),
+        threads=threads(wanted.threads, len(os.sched_getaffinity(0)), nproc),
         log_dir=logs,
         root=ROOT,
         port=wanted.port or 0,
@@ -142,6 +142,28 @@ def diff(first: Path, second: Path) -> None:
 def data_demo(context: typer.Context, dest: Path) -> None:
     """Write scikit-learn's handwritten digits as WebDataset shards (options: python -m data.demo --help)."""
     _module("data.demo", str(dest), *context.args)
+
+
+@data_app.command("pack", context_settings={"ignore_unknown_options": True})
+def data_pack(
+    arguments: Annotated[list[str], typer.Argument(metavar="SOURCE DEST [OPTION]...", show_default=False)],
+) -> None:
+    """Write WebDataset shards of a folder of images, a table or tars (options: python -m data.pack --help)."""
+    _module("data.pack", *arguments)
+
+
+@data_app.command("index", context_settings={"ignore_unknown_options": True})
+def data_index(arguments: Annotated[list[str], typer.Argument(metavar="DEST [OPTION]...", show_default=False)]) -> None:
+    """Make existing WebDataset tars ready to train on (options: python -m data.index_cli --help)."""
+    _module("data.index_cli", *arguments)
+
+
+@data_app.command("verify", context_settings={"ignore_unknown_options": True})
+def data_verify(
+    arguments: Annotated[list[str], typer.Argument(metavar="DEST [OPTION]...", show_default=False)],
+) -> None:
+    """Read all of a data set and report what is wrong (options: python -m data.verify --help)."""
+    _module("data.verify", *arguments)
 
 
 @model_app.command("tiny", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -25,6 +25,8 @@ import psutil
 from launcher.job import Job, environment, torchrun
 
 POLL_S = 0.1
+LOOK_S = 1.0
+"""Between two looks at which processes torchrun has started."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 DEATH_GRACE_S = 15.0
 """After a rank has died the others fail at their next collective; what still hangs after this time is killed."""
@@ -48,12 +50,15 @@ class Outcome:
 
 @dataclass
 class Runner:
-    """Owns one torchrun and its ranks from start to end."""
+    """Owns one torchrun and its ranks from start to end. lock: what sole_owner gave; torchrun holds it too, so that a
+    run whose launcher was killed still has its folder to itself."""
 
     job: Job
+    lock: int | None = None
     asked: int = 0
     process: subprocess.Popen[bytes] | None = None
     _shown: dict[Path, tuple[BinaryIO, codecs.IncrementalDecoder]] = field(default_factory=dict)
+    _ranks: list[psutil.Process] = field(default_factory=list)
 
     def run(self) -> Outcome:
         """Start, follow and wait. SIGINT, SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) to this process ask the ranks
@@ -87,19 +92,27 @@ class Runner:
         columns, lines = shutil.get_terminal_size()  # for rank 0's progress bar, which writes to a file
         known = {**os.environ, "COLUMNS": str(columns), "LINES": str(lines)}
         with open(own, "ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 torchrun(self.job),
                 env=environment(self.job, known),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                pass_fds=() if self.lock is None else (self.lock,),
             )
+        if self.lock is not None:
+            os.ftruncate(self.lock, 0)
+            os.pwrite(self.lock, f"{process.pid} on {socket.gethostname()}".encode(), 0)
+        return process
 
     def _follow(self, process: subprocess.Popen[bytes], own: Path) -> int:
-        deadline = None
+        deadline, looked = None, -LOOK_S
         while (code := process.poll()) is None:
             self._show_rank_0()
+            if time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                self._ranks = _descendants(process.pid) or self._ranks
             if deadline is None and not self.asked and _CLOSING in own.read_bytes():
                 deadline = time.monotonic() + DEATH_GRACE_S
             if deadline is not None and time.monotonic() > deadline:
@@ -132,17 +145,24 @@ class Runner:
             self.process.send_signal(signal.SIGTERM)
 
     def _kill(self, torchrun_too: bool) -> None:
-        """SIGKILL to the ranks and all that they started; torchrun gives every rank a session of its own."""
-        if self.process is None or self.process.poll() is not None:
-            return  # its number may be another process's by now
-        try:
-            own = psutil.Process(self.process.pid)
-            doomed = [*own.children(recursive=True), *([own] if torchrun_too else [])]
-        except psutil.NoSuchProcess:
-            return
+        """SIGKILL to the ranks and all that they started; torchrun gives every rank a session of its own. Ranks that
+        torchrun left behind when it was killed itself are known from before; psutil kills no reused number."""
+        doomed = self._ranks
+        if self.process is not None and self.process.poll() is None:
+            doomed = _descendants(self.process.pid)
+            if torchrun_too:
+                self.process.kill()
         for process in doomed:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _descendants(number: int) -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = psutil.Process(number).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
 
 
 def rank_log(log_dir: Path, local_rank: int, name: str) -> Path | None:
@@ -164,24 +184,27 @@ def status_stamp(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
-    """Hold a run's folder: two trainings in one folder would write over each other.
+def sole_owner(folder: Path) -> Iterator[int]:
+    """Hold a run's folder: two trainings in one folder would write over each other. Yields the lock's descriptor.
 
     Raises:
         LaunchError: another launcher holds it.
     """
     path = folder / "logs" / "lock"
-    with open(path, "w") as file:
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            named = f" (torchrun {holder}; a SIGTERM makes it save and stop)" if holder else ""
             raise LaunchError(
-                f"{folder} is being trained by another process; wait for it or stop it, or start a new run beside it "
-                "with --fresh"
+                f"{folder} is being trained by another process{named}; wait for it or stop it, or start a new run "
+                "beside it with --fresh"
             ) from error
         except OSError as error:
             _write(sys.stderr, f"{path} cannot be locked ({error.strerror}): start no second training in this folder\n")
-        yield
+        yield file.fileno()
 
 
 def count_gpus() -> int:

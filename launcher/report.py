@@ -89,17 +89,24 @@ def _others(job: Job, first: int) -> list[str]:
     """What other ranks say that is not the same. Two that fail within a tenth of a second have no sure order, and the
     one named first may only have missed the other."""
     lines: list[str] = []
-    known = {_without_name(_last_words(job, first))}
+    known = [_message(_last_words(job, first))]
     for rank in range(job.nproc):
         words = _last_words(job, rank)
-        if words and words[0].startswith(f"rank {rank} failed") and _without_name(words) not in known:
-            known.add(_without_name(words))
+        said = any(_begins_alike(_message(words), other) for other in known)
+        if words and words[0].startswith(f"rank {rank} failed") and not said:
+            known.append(_message(words))
             lines += ["", *words]
     return lines
 
 
-def _without_name(words: list[str]) -> str:
-    return re.sub(r"^rank \d+ failed", "", "\n".join(words))
+def _message(words: list[str]) -> list[str]:
+    return [re.sub(r"^rank \d+ failed", "", words[0]), *words[1:]] if words else []
+
+
+def _begins_alike(words: list[str], other: list[str]) -> bool:
+    """Whether one message is the other or its beginning: rank 0 goes on to speak for the tracker."""
+    both = min(len(words), len(other))
+    return both > 0 and words[:both] == other[:both]
 
 
 def _last_words(job: Job, rank: int, count: int = 20) -> list[str]:

@@ -18,6 +18,7 @@ from data.loader import Loader
 from data.manifest import Manifest, read_manifest
 from data.order import Order
 from models.encoders import LatentEncoder, TextEncoder
+from trainer.bad_samples import BadSamples
 from trainer.checkpoint import Checkpoints
 from trainer.encoding import Encoding
 from trainer.engines.distributed import Agreement, World
@@ -25,6 +26,7 @@ from trainer.engines.engine import Engine
 from trainer.generate.showcase import Showcase
 from trainer.objectives.objective import Objective
 from trainer.observe.counting import CountedNets
+from trainer.observe.flops import PassFlops
 from trainer.observe.tracking import NullTracker, Tracker
 from trainer.plugins import plugin
 from trainer.run import Run
@@ -80,7 +82,7 @@ def build_run(
         folder=folder,
         objective=objective,
         engine=engine,
-        nets=CountedNets(engine.nets),
+        nets=CountedNets(engine.nets, PassFlops(backbone)),
         encoding=Encoding(text, latents, world.device, objective.needs_null),
         order=order,
         loader=build_loader(config, world, order, manifest, start_step=done.step),
@@ -90,6 +92,7 @@ def build_run(
         showcase=Showcase(backbone.latent_shape(bucket), held_out_batch(config, world)),
         stop=stop,
         accumulation=steps,
+        bad_samples=BadSamples(order, config.data.max_bad_samples, done.step, done.bad_samples),
         step=done.step,
         seconds=done.seconds,
     )
@@ -109,6 +112,7 @@ def build_loader(config: Config, world: World, order: Order, manifest: Manifest,
         cache_dir=data.cache_dir,
         cache_gb=data.cache_gb,
         endpoint_url=data.endpoint_url,
+        read_budget_s=data.read_budget_s,
     )
 
 
@@ -117,7 +121,7 @@ def held_out_batch(config: Config, world: World) -> Batch | None:
     data = config.data
     if data.held_out is None:
         return None
-    manifest = read_manifest(data.held_out, endpoint_url=data.endpoint_url)
+    manifest = read_manifest(data.held_out, data.endpoint_url, data.read_budget_s)
     order = Order(manifest, seed=0, global_batch_size=config.train.global_batch_size)
     loader = Loader(
         order,
@@ -128,6 +132,7 @@ def held_out_batch(config: Config, world: World) -> Batch | None:
         cache_dir=data.cache_dir,
         cache_gb=data.cache_gb,
         endpoint_url=data.endpoint_url,
+        read_budget_s=data.read_budget_s,
     )
     return next(iter(loader))
 

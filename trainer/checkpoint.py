@@ -28,16 +28,19 @@ from trainer.certificate import Certificate, CheckpointError, Range, SavedTensor
 from trainer.engines.engine import Engine, TensorPart
 
 SECONDS = "training_seconds"
+BAD_SAMPLES = "bad_samples_in_epoch"
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. step: optimizer steps done; seconds: spent on them."""
+    """How far a run has come. step: optimizer steps done; seconds: spent on them; bad_samples: replaced samples among
+    those of the last step's epoch, on all ranks."""
 
     step: int
     seconds: float
+    bad_samples: int = 0
 
 
 class Checkpoints:
@@ -60,10 +63,10 @@ class Checkpoints:
         self._staged: dict[str, Tensor] = {}
         self._step: int | None = None
 
-    def save(self, engine: Engine, step: int, seconds: float) -> None:
+    def save(self, engine: Engine, step: int, seconds: float, bad_samples: int = 0) -> None:
         """Publish the engine's state after `step` steps, unless this process has saved or loaded that very state."""
         if step != self._step:
-            self.write(step, engine.parts(), {**engine.counters(), SECONDS: seconds})
+            self.write(step, engine.parts(), {**engine.counters(), SECONDS: seconds, BAD_SAMPLES: bad_samples})
             self._step = step
 
     def resume(self, engine: Engine) -> Progress:
@@ -74,7 +77,8 @@ class Checkpoints:
         certificate = self.read(folder, engine.parts())
         engine.load_counters(certificate.counters)
         self._step = certificate.step
-        return Progress(certificate.step, certificate.counters.get(SECONDS, 0.0))
+        counters = certificate.counters
+        return Progress(certificate.step, counters.get(SECONDS, 0.0), int(counters.get(BAD_SAMPLES, 0)))
 
     def latest_path(self) -> Path | None:
         """The newest complete checkpoint that this process sees."""

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from data.batch import Batch
+from trainer.bad_samples import TooManyBadSamples
 from trainer.engines.distributed import Word, schedule_hash
 from trainer.engines.optim import learning_rate
 from trainer.observe.metrics import Clock, Tally
@@ -22,13 +23,13 @@ class StepRefused(RuntimeError):
 
 def fit(run: Run) -> bool:
     """Train from run.step to the last step; False when a signal ended it early. The state is saved either way."""
-    config, tally, clock = run.config, Tally(run.engine.device), Clock()
-    batches, recent = iter(run.loader), Recent()
+    config, tally, recent = run.config, Tally(run.engine.device), Recent()
+    batches, clock = iter(run.loader), Clock()  # in this order: to start loader processes is no part of a step
     with progress(run) as bar:
         while run.step < config.train.steps:
             with run.stages("data"), clock.waiting():
                 batch, trouble = next_batch(batches)
-            if stop_agreed(run, trouble) or batch is None:
+            if stop_agreed(run, batch, trouble) or batch is None:
                 break
             train_step(run, batch, tally)
             recent.add(batch)
@@ -38,7 +39,7 @@ def fit(run: Run) -> bool:
             if due(run.step, config.tracking.every) or run.step == config.train.steps:
                 log(run, tally, clock, recent, bar)
             with clock.aside():
-                if due(run.step, config.tracking.held_out_every):
+                if due(run.step, config.tracking.held_out_every) and run.step < config.train.steps:
                     run.showcase.held_out(run)
                 if due(run.step, config.sample.every) and run.step < config.train.steps:
                     run.showcase.grids(run)
@@ -73,17 +74,25 @@ def train_step(run: Run, batch: Batch, tally: Tally) -> None:
     tally.end_step()
 
 
-def stop_agreed(run: Run, trouble: Exception | None) -> bool:
+def stop_agreed(run: Run, batch: Batch | None, trouble: Exception | None) -> bool:
     """Exchange words with all ranks; True when the run shall stop here. A rank without a batch ends all of them."""
     plan = schedule_hash(run.objective, run.config.train, run.order.stream(run.step).name)
-    word = Word(stop=run.stop.requested, data_error=trouble is not None, schedule=plan)
+    bad = len(batch.replaced) if batch else 0
+    word = Word(stop=run.stop.requested, data_error=trouble is not None, bad_samples=bad, schedule=plan)
     agreed = run.agreement.agree(run.step, word)
     if trouble is not None:
-        raise StepRefused(str(trouble)) from trouble
+        raise trouble
     if agreed.data_errors:
         ranks = ", ".join(map(str, agreed.data_errors))
         raise StepRefused(f"rank {ranks} has no batch for step {run.step}; its own message says why")
-    return agreed.stop > 0
+    if agreed.stop:
+        return True
+    try:
+        run.bad_samples.add(run.step, agreed.bad_samples)
+    except TooManyBadSamples as error:
+        own = "; ".join(sample.reason for sample in batch.replaced[:8]) if batch else ""
+        raise StepRefused(f"{error}. Of this rank in step {run.step}: {own or 'none'}") from error
+    return False
 
 
 def next_batch(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
@@ -133,6 +142,8 @@ def log(run: Run, tally: Tally, clock: Clock, recent: Recent, bar: Any) -> None:
     }
     rate = learning_rate(run.step - 1, run.config.schedule, run.config.optimizer.learning_rate, run.config.train.steps)
     metrics |= {"learning_rate": rate, "effective_guidance": run.objective.effective_guidance}
+    metrics |= {"tflops_per_second": counts.flops / (metrics["step_seconds"] * steps) / 1e12}
+    metrics |= {"bad_samples": float(run.bad_samples.in_epoch)}
     metrics |= {"captions_truncated": float(run.encoding.text.truncated)}
     metrics |= {f"seconds/{name}": value / steps for name, value in run.stages.drain().items()}
     metrics |= {f"passes/{name}": value for name, value in run.passes_per_step.items()}
@@ -145,7 +156,7 @@ def log(run: Run, tally: Tally, clock: Clock, recent: Recent, bar: Any) -> None:
 def save(run: Run) -> None:
     """Publish a checkpoint of the steps done so far, unless it exists."""
     with run.stages("save"):
-        run.checkpoints.save(run.engine, run.step, run.seconds)
+        run.checkpoints.save(run.engine, run.step, run.seconds, run.bad_samples.in_epoch)
 
 
 def due(step: int, every: int) -> bool:

@@ -11,6 +11,7 @@ from configs.schema import Config
 from data.batch import Batch
 from data.loader import Loader
 from data.order import Order
+from trainer.bad_samples import BadSamples
 from trainer.checkpoint import Checkpoints
 from trainer.encoding import Encoding
 from trainer.engines.distributed import Agreement, World
@@ -46,6 +47,7 @@ class Run:
     showcase: Showcase
     stop: StopRequest
     accumulation: int
+    bad_samples: BadSamples
     step: int = 0
     seconds: float = 0.0
     stages: Stages = field(default_factory=Stages)

@@ -50,7 +50,8 @@ def open_run(
     circumstance = {**configuration.circumstance(config), "world_size": world_size}
     if record.exists():
         earlier = json.loads(record.read_text())
-        _refuse_changes(path, earlier["identity"], identity, allow_change)
+        if _has_progress(path):  # a start that failed at once, on a mistake in its configuration, binds nobody
+            _refuse_changes(path, earlier["identity"], identity, allow_change)
     else:
         refuse_foreign(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,13 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, path)
+
+
+def _has_progress(path: Path) -> bool:
+    """Whether the run has trained: a checkpoint, or metrics in its journal."""
+    journal = path / "journal.jsonl"
+    logged = journal.exists() and '"kind": "metrics"' in journal.read_text()
+    return logged or any((path / "checkpoints").glob("step_*"))
 
 
 def _finished(path: Path, steps: int) -> bool:

@@ -49,7 +49,13 @@ def main(
     set_numerics(config)
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     with process_group(config.runtime.collective_timeout_s) as world:
-        return train(config, world, stop, fresh=fresh, allow_change=allow_change)
+        code = train(config, world, stop, fresh=fresh, allow_change=allow_change)
+        if code:
+            # Peers may be gone: leaving the process group in order would wait for them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
 
 def train(config: Config, world: World, stop: StopRequest, *, fresh: bool, allow_change: list[str]) -> int:
@@ -57,7 +63,7 @@ def train(config: Config, world: World, stop: StopRequest, *, fresh: bool, allow
     folder, run, tracker = None, None, None
     try:
         objective = build_objective(config)
-        manifest = read_manifest(config.data.manifest, endpoint_url=config.data.endpoint_url)
+        manifest = read_manifest(config.data.manifest, config.data.endpoint_url, config.data.read_budget_s)
         order = build_order(config, manifest)
         folder = agree_on_folder(config, world, order.identity(), fresh, allow_change)
         if folder.finished:

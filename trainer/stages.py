@@ -10,11 +10,13 @@ from contextlib import contextmanager
 import torch
 
 REMEDIES = {
+    "data": "lower data.workers, data.prefetch or train.global_batch_size",
     "encode": "lower train.micro_batch_size or train.global_batch_size, or precompute latents and embeddings",
     "targets": "set train.chunk_rows to at most half of the rows of a rank's window",
     "graded pass": "halve train.micro_batch_size (accumulation doubles, the result stays the same) or turn on "
     "engine.activation_checkpointing",
     "optimizer step": "use more ranks, or objective.teacher=online and ema.decay=0 to hold fewer copies",
+    "save": "a save holds a rank's part of the state in host memory once more: use more ranks, or fewer on each machine",
     "sample": "lower sample.columns or evaluate.images",
 }
 

@@ -6,7 +6,6 @@ Loader processes import this module again as their main module: what is heavy is
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -41,8 +40,4 @@ def check_package() -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # After a failure peers may be gone, and an orderly exit would wait for them.
-    os._exit(code) if code else sys.exit(0)
+    sys.exit(main())

@@ -10,7 +10,7 @@ from trainer.objectives.twinflow import TwinFlow
 PUBLISHED_ROLES = {"e2e": 1, "mul": 1, "any": 1, "adv": 1}
 
 CONSTANT = Optimizer("adam", learning_rate=5e-4, betas=(0.9, 0.999), max_grad_norm=0.0)
-DECAYED = Optimizer("adam", learning_rate=1e-3, betas=(0.9, 0.999), max_grad_norm=0.0)
+DECAYED = Optimizer("adam", learning_rate=1e-3, betas=(0.9, 0.999), max_grad_norm=1.0)
 COSINE = Schedule("cosine", warmup_steps=100)
 EMA_DECAY = 0.99
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("passes", "step_cost", "order", "quality")
+NAMES = ("passes", "step_cost", "order", "faults", "hostile", "quality")
 
 
 def run(name: str, quick: bool) -> tuple[bool, float]:

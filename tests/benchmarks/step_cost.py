@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import trange
 
-from tests.benchmarks.recipes import PUBLISHED_ROLES
+from tests.benchmarks.recipes import DEFAULT, PUBLISHED
 from tests.benchmarks.toy_network import ResidualMLP
 from tests.benchmarks.toy_training import BATCH, make_targets, row_passes
 from tests.trainer.objectives.toy import ToyNets
@@ -50,8 +50,8 @@ def objectives() -> dict[str, TwinFlow]:
     """Equal roles and the default recipe, without and with guidance, order 2."""
     made = {}
     for guidance, ratio in GUIDANCE.items():
-        made[f"equal roles, {guidance}"] = TwinFlow(roles=PUBLISHED_ROLES, enhanced_ratio=ratio)
-        made[f"default, {guidance}"] = TwinFlow(enhanced_ratio=ratio)
+        made[f"equal roles, {guidance}"] = replace(PUBLISHED.objective, enhanced_ratio=ratio)
+        made[f"default, {guidance}"] = replace(DEFAULT.objective, enhanced_ratio=ratio)
     return made
 
 

@@ -37,6 +37,10 @@ def test_every_recipe_loads(path: Path) -> None:
         ("objective.name=gan", "choose one of flow_matching, rcgm, twinflow"),
         ("steps", "write key=value"),
         ("run.name=null", "run.name is None; it must be of type str"),
+        ("sample.prompts=[a, b", "the value is not YAML"),
+        ("sample.prompts[0]=x", r"write the whole list, sample\.prompts=\[\.\.\.\]"),
+        ("tracking.uri=${oc.env:NO_SUCH_VARIABLE}", r"tracking\.uri has no value: .*NO_SUCH_VARIABLE"),
+        ("tracking.uri=${no.such.key}", r"has no value: .*no\.such\.key"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, message: str) -> None:
@@ -52,6 +56,12 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
     ):
         load.load([SMOKE, path])
     path.write_text("train: [1, 2\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load.load([path])
+    path.write_text("train: {steps: 5}\ntrain: {micro_batch_size: 8}\n")
+    with pytest.raises(ConfigError, match="duplicate key train"):
+        load.load([SMOKE, path])
+    path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not YAML"):
         load.load([path])
     with pytest.raises(ConfigError, match="No such file"):
@@ -78,10 +88,38 @@ def test_a_mapping_replaces_the_default_and_one_entry_changes_it() -> None:
     assert smoke("objective.roles.e2e=2").objective["roles"] == {"e2e": 2, "mul": 3, "any": 3, "adv": 1}
 
 
+def test_a_mapping_replaces_the_default_wherever_its_file_lies(tmp_path: Path) -> None:
+    file = tmp_path / "v1.2" / "only.any.yaml"
+    file.parent.mkdir()
+    file.write_text("objective: {roles: {any: 1}}\n")
+    assert load.load([SMOKE, file]).objective["roles"] == {"any": 1}
+
+
 def test_the_resolved_configuration_loads_to_itself(tmp_path: Path) -> None:
     config = smoke("guidance.scale=5", "objective.time_std=1.5")
     load.save(config, tmp_path / "config.yaml")
     assert load.load([tmp_path / "config.yaml"]) == config
+
+
+def test_an_environment_variable_may_hold_a_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRACKER", "https://tracker:5000")
+    path = tmp_path / "dated.yaml"
+    path.write_text("run: {name: 2026-11-20}\ntracking: {uri: '${oc.env:TRACKER}'}\n")
+    config = load.load([SMOKE, path])
+    assert config.run.name == "2026-11-20" and config.tracking.uri == "https://tracker:5000"
+
+
+@pytest.mark.parametrize(
+    "uri, shown",
+    [
+        ("https://token@host/x", "https://***@host/x"),
+        ("postgresql://me:p@ss@db:1/x", "postgresql://***@db:1/x"),
+        ("https://host/x?api_key=abc&a=1", "https://host/x?api_key=***&a=1"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+    ],
+)
+def test_logins_inside_addresses_are_redacted(uri: str, shown: str) -> None:
+    assert load.to_dict(smoke(f"tracking.uri={uri}"))["tracking"]["uri"] == shown
 
 
 def test_secrets_are_redacted() -> None:

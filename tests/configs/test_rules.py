@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from configs import load, rules
 from configs.load import ConfigError
 from configs.schema import Config
+from trainer.generate import sampler
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 
@@ -46,7 +48,15 @@ def test_guidance_that_diverges_is_refused_until_allowed() -> None:
         (["guidance.scale=0.5"], "1 is no guidance"),
         (["run.name=a/b"], "names a folder"),
         (["train.micro_batch_size=0"], "must be positive"),
-        (["train.chunk_rows=0"], "null for no limit"),
+        (["train.chunk_rows=0"], "must be positive"),
+        (["optimizer.learning_rate=nan"], "learning_rate is nan; it must be positive"),
+        (["optimizer.weight_decay=-1"], "must be 0 or more"),
+        (["schedule.final_ratio=2"], "must be from 0 to 1"),
+        (["runtime.port=70000"], "must be from 1 to 65535"),
+        (["objective.enhanced_ratio=nan"], r"objective\.enhanced_ratio is nan"),
+        (["guidance.scale=nan"], "1 is no guidance"),
+        (["sample.presets=[1nfe, 3nfe]"], r"sample\.presets: unknown sampler '3nfe'"),
+        (["evaluate.presets=[multi0]"], r"evaluate\.presets: unknown sampler 'multi0'"),
         (["optimizer.name=lion"], "choose adamw, adam or radam"),
         (["optimizer.betas=[0.9, 1.0]"], r"both lie in \[0, 1\)"),
         (["schedule.name=step"], "choose constant, linear or cosine"),
@@ -60,6 +70,24 @@ def test_guidance_that_diverges_is_refused_until_allowed() -> None:
 def test_a_broken_rule_names_the_remedy(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         smoke(*overrides)
+
+
+def test_the_checked_sampler_names_are_those_that_the_trainer_knows() -> None:
+    known = [*sampler.PRESETS, *(f"{family}7" for family in sampler._FAMILIES)]
+    assert [name for name in known if not re.fullmatch(rules.SAMPLERS, name)] == []
+    for name in ("3nfe", "few", "few0", "multi-1", "any2x", ""):
+        assert not re.fullmatch(rules.SAMPLERS, name)
+        with pytest.raises(ValueError, match="unknown sampler"):
+            sampler.preset(name)
+
+
+def test_every_numeric_bound_is_of_a_knob_and_the_smallest_legal_value_passes() -> None:
+    config = smoke()
+    for key, (lowest, _) in rules.RANGES.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, lowest)
+    config.schedule.warmup_steps = 0
+    rules.apply(config, ConfigError)
 
 
 def test_guidance_needs_an_objective_that_has_it(tmp_path: Path) -> None:

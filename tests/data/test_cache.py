@@ -2,12 +2,13 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from data.cache import ShardCache
-from data.s3 import DataError, open_folder
+from data.s3 import BudgetSpentError, DataError, open_folder
 from tests.data.conftest import ObjectStore
 
 READ_ALL = """
@@ -92,10 +93,52 @@ def test_a_failed_fetch_leaves_nothing_and_the_next_succeeds(
 
     with monkeypatch.context() as patch:
         patch.setattr(folder, "download", broken)
-        with pytest.raises(DataError, match=r"No space left on device; free space or set data\.cache_dir"):
+        with pytest.raises(
+            DataError, match=r"No space left on device; free space, lower data.cache_gb or set data\.cache_dir"
+        ):
             cache.open(folder, "a", 100)
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.object"))
     assert read(cache, store, objects, "a") == b"a" * 100
+
+
+def test_a_fetch_under_way_in_another_process_is_left_alone(store: ObjectStore, objects: str, tmp_path: Path) -> None:
+    cache, folder = ShardCache(str(tmp_path), 1000), open_folder(objects, store.endpoint_url)
+    read(cache, store, objects, "a")
+    partial = tmp_path / ("7" * 40 + ".part")
+    partial.write_bytes(b"x" * 100)
+    with cache._lock(cache._lock_of(partial)):  # as its fetcher holds it
+        read(cache, store, objects, "b")
+        assert partial.exists()
+        assert cache._evict(250)
+        assert partial.exists(), "it counts, but only finished files leave"
+    with cache.open(folder, "c", 100):
+        assert not partial.exists(), "without a holder it is abandoned"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".object"}
+
+
+def test_a_spent_budget_is_not_spent_again_by_those_who_waited(
+    store: ObjectStore, objects: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, tries = open_folder(objects, store.endpoint_url), []
+
+    def in_vain(name: str, target: object, etag: str | None = None) -> int:
+        tries.append(name)
+        time.sleep(0.5)
+        raise BudgetSpentError(f"{name} gave up")
+
+    def fetch(number: int) -> str:
+        with pytest.raises(DataError) as error:
+            ShardCache(str(tmp_path), 1000).open(folder, "a", 100)
+        return str(error.value)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(folder, "download", in_vain)
+        assert list(pool.map(fetch, range(4))) == ["a gave up"] * 4
+        assert tries == ["a"]
+        assert fetch(0) == "a gave up"
+        assert tries == ["a", "a"], "who comes later tries for itself"
+    assert read(ShardCache(str(tmp_path), 1000), store, objects, "a") == b"a" * 100
+    assert not list(tmp_path.glob("*.failed"))
 
 
 def test_wrong_sizes_are_refused(store: ObjectStore, objects: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from data.buckets import Bucket
 from data.index import index_tar, write_index
 from data.s3 import DataError
-from data.samples import Sample, read_sample
+from data.samples import Sample, SampleError, read_sample
 from tests.data.test_index import write_tar
 
 
@@ -58,6 +58,13 @@ def test_caption_may_come_from_json(tmp_path: Path) -> None:
         ({"k.png": b"no image", "k.txt": b""}, r"sample k\.png: cannot be decoded"),
         ({"k.png": png(GRAY)[:45], "k.txt": b""}, r"sample k\.png: cannot be decoded"),
         ({"k.npy": b"x", "k.txt": b""}, r"sample k: no image among its members \['npy', 'txt'\]"),
+        ({"k.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 3\n", "k.txt": b""}, r"k\.png: cannot be decoded"),
+        ({"k.png": png(GRAY) + bytes(17 << 20), "k.txt": b""}, r"k\.png: \d+ bytes where at most \d+ are taken"),
+        ({"k.png": png(GRAY), "k.txt": b"a" * (2 << 20)}, r"k\.txt: 2097152 bytes where at most 1048576 are taken"),
+        (
+            {"k.png": png(GRAY), "k.json": b'{"caption": ["a"]}'},
+            "sample k: unreadable caption .*a list in place of a text",
+        ),
         ({"k.png": png(GRAY)}, "sample k: no caption"),
         ({"k.png": png(GRAY), "k.txt": b"\xff"}, "sample k: unreadable caption"),
         ({"k.png": png(GRAY), "k.json": b"{}"}, "sample k: unreadable caption"),
@@ -65,10 +72,11 @@ def test_caption_may_come_from_json(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_samples_name_shard_and_key(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(SampleError, match=message):
         read(tmp_path, members)
 
 
 def test_a_shard_cut_short_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the shard is cut short"):
+    with pytest.raises(DataError, match="the shard is cut short") as error:
         read(tmp_path, {"k.png": png(np.zeros((3, 4), np.uint8)), "k.txt": b"caption"}, cut=True)
+    assert not isinstance(error.value, SampleError), "no stand-in may hide a damaged disk"

@@ -16,7 +16,11 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "250"})
 
 
-@pytest.mark.parametrize("verb", [(), ("train",), ("config",), ("data", "demo"), ("model", "tiny"), ("config", "diff")])
+VERBS = [(), ("train",), ("config",), ("model", "tiny"), ("config", "diff")]
+DATA_VERBS = [("data", name) for name in ("demo", "pack", "index", "verify")]
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *DATA_VERBS])
 def test_every_verb_has_help(verb: tuple[str, ...]) -> None:
     result = invoke(*verb, "--help")
     assert result.exit_code == 0 and "Usage" in result.output
@@ -80,3 +84,15 @@ def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = invoke("train", SMOKE, f"run.dir={tmp_path}/file/run")
     assert result.exit_code == 2 and "Not a directory" in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("verb", [("pack", "absent"), ("index",), ("verify",)])
+def test_data_verbs_pass_arguments_and_exit_status_on(
+    verb: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name, *first = verb
+    # An option before the places must not take one of them.
+    result = invoke("data", name, "--workers", "0", *first, str(tmp_path / "nowhere"))
+    error = capfd.readouterr().err
+    assert result.exit_code == 1 and "error: " in error and (first or [str(tmp_path / "nowhere")])[0] in error
+    assert invoke("data", name, "x", "y", "--misspelt").exit_code == 2

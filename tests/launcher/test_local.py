@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher import local
@@ -26,7 +27,10 @@ def job(folder: Path, what: str, **more: int) -> Job:
 
 
 def run_and_report(folder: Path, what: str) -> int:
-    return report(local.Runner(job(folder, what)).run(), job(folder, what), folder, "twinflow train x.yaml")
+    (folder / "logs").mkdir(exist_ok=True)
+    with local.sole_owner(folder) as lock:
+        outcome = local.Runner(job(folder, what), lock).run()
+    return report(outcome, job(folder, what), folder, "twinflow train x.yaml")
 
 
 def in_a_process(folder: Path, what: str) -> subprocess.Popen[str]:
@@ -104,6 +108,34 @@ def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=20)[0]
     assert process.returncode == 130 and "without saving" in said
+    assert ranks(tmp_path) == []
+
+
+def test_ranks_that_a_killed_torchrun_leaves_behind_are_ended(tmp_path: Path) -> None:
+    process = in_a_process(tmp_path, "deaf")
+    time.sleep(2 * local.LOOK_S)
+    (torchrun,) = psutil.Process(process.pid).children()
+    torchrun.kill()
+    process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert ranks(tmp_path) == []
+
+
+def test_a_killed_launcher_leaves_its_folder_locked_and_says_who_holds_it(tmp_path: Path) -> None:
+    process = in_a_process(tmp_path, "stop")
+    (torchrun,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    with (
+        pytest.raises(local.LaunchError, match=rf"torchrun {torchrun.pid} on .*; a SIGTERM makes it save and stop"),
+        local.sole_owner(tmp_path),
+    ):
+        pass
+    torchrun.terminate()
+    psutil.wait_procs([torchrun], timeout=40)
+    assert '"stopped"' in (tmp_path / "status.json").read_text()
+    with local.sole_owner(tmp_path):
+        pass
     assert ranks(tmp_path) == []
 
 

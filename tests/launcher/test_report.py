@@ -100,3 +100,25 @@ def test_the_same_words_of_all_ranks_are_said_once(tmp_path: Path, capsys: pytes
         stderr(tmp_path, rank, f"rank {rank} failed: the folder holds another run\n")
     report(Outcome(1, 0, (1, 1)), job(tmp_path), tmp_path, COMMAND)
     assert capsys.readouterr().err.count("holds another run") == 1
+    log = tmp_path / "logs" / "x" / "none_abc" / "attempt_0" / "0" / "stderr.log"
+    log.write_text("rank 0 failed: the folder holds another run\nMLflow did not take everything\n")
+    for first in (0, 1):
+        report(Outcome(1, 0, (first, 1)), job(tmp_path), tmp_path, COMMAND)
+        assert capsys.readouterr().err.count("holds another run") == 1
+
+
+def test_a_rank_that_dies_without_a_word_does_not_hide_what_others_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stderr(tmp_path, 0, "")
+    stderr(tmp_path, 1, "rank 1 failed at step 3: shard digits-3.tar is missing\n")
+    report(Outcome(1, 0, (0, 1)), job(tmp_path), tmp_path, COMMAND)
+    assert "digits-3.tar is missing" in capsys.readouterr().err
+
+
+def test_tracebacks_that_differ_are_both_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, cause in ((0, "RuntimeError: peer gone"), (1, "KeyError: 'txt'")):
+        stderr(tmp_path, rank, f"rank {rank} failed at step 3: Traceback (most recent call last):\n  here\n{cause}\n")
+    report(Outcome(1, 0, (0, 1)), job(tmp_path), tmp_path, COMMAND)
+    said = capsys.readouterr().err
+    assert "RuntimeError: peer gone" in said and "KeyError: 'txt'" in said

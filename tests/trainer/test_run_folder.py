@@ -11,6 +11,7 @@ import pytest
 from configs import load as configuration
 from configs.folders import ForeignFolder
 from configs.schema import Config
+from trainer.observe.journal import Journal
 from trainer.run_folder import RunRefused, open_run, write_json
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
@@ -31,9 +32,25 @@ def test_the_same_run_goes_on_and_its_configuration_is_kept(tmp_path: Path) -> N
     assert configuration.load([path / "config.yaml"]) == config(path)
 
 
+def train_a_little(path: Path) -> None:
+    (path / "checkpoints" / "step_00000002").mkdir(parents=True)
+
+
+def test_a_start_that_failed_before_training_binds_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    start(path, "model.latents=foo")
+    start(path)
+    journal = Journal(path)
+    journal.append("metrics", step=1, values={"loss": 1.0})
+    journal.close()
+    with pytest.raises(RunRefused):
+        start(path, "model.latents=foo")
+
+
 def test_another_experiment_is_refused_with_every_difference(tmp_path: Path) -> None:
     path = tmp_path / "run"
     start(path)
+    train_a_little(path)
     with pytest.raises(RunRefused, match=r"objective\.order: 2 -> 1\n.*optimizer\.learning_rate: 0\.001 -> 0\.0002"):
         start(path, "objective.order=1", "optimizer.learning_rate=2e-4")
     with pytest.raises(RunRefused, match=r"data_order\.manifest: abc -> xyz"):
@@ -43,6 +60,7 @@ def test_another_experiment_is_refused_with_every_difference(tmp_path: Path) -> 
 def test_a_named_change_and_circumstances_go_on(tmp_path: Path) -> None:
     path = tmp_path / "run"
     start(path)
+    train_a_little(path)
     start(path, "train.steps=2000", allow=("train.steps",))
     start(path, "train.steps=2000", "train.micro_batch_size=8", "engine.keep_gathered=false", "runtime.threads=2")
     with pytest.raises(RunRefused, match=r"train\.steps: 2000 -> 1500"):

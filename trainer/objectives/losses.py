@@ -10,10 +10,8 @@ from torch import Tensor
 from trainer.objectives.objective import LossTerms, Nets, Targets
 from trainer.objectives.transport import rowwise
 
-ERROR = "error/"
-"""Prefix of the names that a row's error is reported under: its role, and"""
-TIME_BIN = ERROR + "t_"
-"""its bin of |t|."""
+ERROR, TIME_BIN = "error/", "error/t_"
+"""Prefixes of the two names that a row's error is reported under: of its role, and of its bin of |t|."""
 
 
 def row_loss(error: Tensor, kind: str, alpha: float = 1.0, scale: float = 1e-3) -> Tensor:
@@ -76,6 +74,12 @@ def group_rows(roles: Tensor, names: tuple[str, ...], t: Tensor, bins: int = 5) 
     labels = [f"{ERROR}{name}" for name in names]
     labels += [f"{TIME_BIN}{i / bins:.1f}_{(i + 1) / bins:.1f}" for i in range(bins)]
     return torch.cat([by_role, by_time], dim=1).to(torch.float32), tuple(labels)
+
+
+def mean_square(values: Tensor) -> Tensor:
+    """Tally of values [R, ...]: the sum over rows of their mean squares, and the number of rows."""
+    squares = values.square().flatten(1).mean(dim=1)
+    return torch.stack([squares.sum(), torch.ones_like(squares).sum()])
 
 
 def rows_of_roles(targets: Targets) -> dict[str, int]:

@@ -17,3 +17,5 @@ class RCGM(TwinFlow):
     """Integer weight of each role; in theory any alone."""
     rectification_weight: float = 0.0
     """Off: rectification belongs to TwinFlow."""
+    time_distribution: str = "beta"
+    """beta | logit_normal: distribution of t; published beta, with parameters 1, 1 (uniform)."""

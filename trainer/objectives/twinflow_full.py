@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.objectives.checks import CHOICES, refuse_bad_latents, refuse_bad_options, refuse_bad_times
 from trainer.objectives.consistency import consistency_residual, effective_scale, enhance
-from trainer.objectives.losses import graded_loss, group_rows
+from trainer.objectives.losses import graded_loss, group_rows, mean_square
 from trainer.objectives.objective import LossTerms, Nets, Roles, Rows, Targets
 from trainer.objectives.passes import Call, Runner, Task, run_packed
 from trainer.objectives.random_streams import normals, purpose_id, uniforms
@@ -134,6 +134,7 @@ class TwinFlowFull:
             "coefficient": torch.where(far, (times - ends) / self.time_step, torch.ones_like(times)),
             "gap_weight": weight * rows(zeros, zeros, zeros, ones * self.rectification_weight),
         }
+        watched = {"velocity_gap": gap} | ({"guidance_pull": velocity - (draws.z - x)} if self.needs_null else {})
         return Targets(
             sample=sample,
             x_t=rows(x_t, x_t, y, draws.z),
@@ -142,6 +143,7 @@ class TwinFlowFull:
             group_names=names,
             integral=rows(integrals[0], empty, empty, integrals[1]),
             gap=rows(empty, empty, empty, gap),
+            tally={name: mean_square(values) for name, values in watched.items()},
             **{name: value.to(x.device, non_blocking=True) for name, value in place.items()},
         )
 

@@ -11,34 +11,38 @@ import torch
 from torch import Tensor
 
 from trainer.objectives.objective import TEACHER, Nets
+from trainer.observe.flops import PassFlops
 
 
 @dataclass
 class PassCounts:
-    """Velocity calls and rows by kind since the last reset."""
+    """Velocity calls and rows by kind, and their model FLOPs, since the last reset."""
 
     no_grad_passes: int = 0
     graded_passes: int = 0
     no_grad_rows: int = 0
     graded_rows: int = 0
     teacher_rows: int = 0
+    flops: int = 0
 
 
 class CountedNets:
-    """Nets that count their calls; dummy rows count, they cost the same."""
+    """Nets that count their calls; dummy rows count, they cost the same. flops: cost of a call, from shapes alone."""
 
-    def __init__(self, nets: Nets) -> None:
-        self._nets = nets
+    def __init__(self, nets: Nets, flops: PassFlops) -> None:
+        self._nets, self._flops = nets, flops
         self.shares_module = nets.shares_module
         self.counts = PassCounts()
 
     def velocity(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Any, weights: Tensor | None = None) -> Tensor:
-        if torch.is_grad_enabled():
+        graded = torch.is_grad_enabled()
+        if graded:
             self.counts.graded_passes += 1
             self.counts.graded_rows += len(t)
         else:
             self.counts.no_grad_passes += 1
             self.counts.no_grad_rows += len(t)
+        self.counts.flops += self._flops(x_t, cond, graded)
         if weights is not None:
             self.counts.teacher_rows += int((weights == TEACHER).sum())
         return self._nets.velocity(x_t, t, r, cond, weights)

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.backbone import Backbone, Conditioning
 from trainer.objectives.losses import rows_of_roles
 from trainer.objectives.objective import Nets, Objective, Rows
-from trainer.objectives.passes import Call, Task, run_unpacked
+from trainer.objectives.passes import Task
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,30 @@ class PassFlops:
 def rows_by_role(objective: Objective, rows: Rows) -> dict[str, RoleRows]:
     """Rows of the step that `rows` identifies, exact for any objective, for this rank's part of the batch.
 
-    The objective itself is run on latents of one element with a network that costs nothing. Rows that its times leave
-    out are left out here; a dummy row belongs to no role. No-grad rows go to the role of their sample, graded rows to
+    The objective itself makes targets of latents of one element, its passes answered by zeros: rows that its times
+    leave out are left out here, and there are no dummy rows. No-grad rows go to the role of their sample, graded rows to
     the role that their error is reported under: `twinflow_full` has sample role `all` and a graded role per term.
     """
     no_grad, samples = Counter[str](), len(rows.ids)
 
-    def count(tasks: Sequence[Task], nets: Nets, conditions: Any, chunk_rows: int | None = None) -> list[Any]:
-        return run_unpacked([_counted(task, seen) for task in tasks], nets, conditions, chunk_rows)
+    def run(tasks: Sequence[Task], nets: Nets, conditions: Any, chunk_rows: int | None = None) -> list[Any]:
+        return [drive(task) for task in tasks]
 
-    def seen(call: Call) -> None:
-        # Conditions of the step are followed by their null conditions, row for row.
-        roles = rows.roles.local[call.cond % samples].tolist()
-        no_grad.update(rows.roles.names[role] for role in roles)
+    def drive(task: Task) -> Any:
+        try:
+            calls = next(task)
+            while True:
+                for call in calls:
+                    # The null conditions follow the conditions, row for row.
+                    roles = rows.roles.local[call.cond % samples].tolist()
+                    no_grad.update(rows.roles.names[role] for role in roles)
+                calls = task.send([torch.zeros_like(call.x_t) for call in calls])
+        except StopIteration as stop:
+            return stop.value
 
     draws = objective.draw(rows, (1,), "cpu", torch.float32)
-    cond = _NoConditions(samples)
-    targets = objective.targets(
-        _FreeNets(), torch.zeros(samples, 1), cond, cond, rows.roles, draws, chunk_rows=None, run=count
-    )
+    cond, x = _NoConditions(samples), torch.zeros(samples, 1)
+    targets = objective.targets(_NoNets(), x, cond, cond, rows.roles, draws, chunk_rows=None, run=run)
     graded = rows_of_roles(targets)
     names = dict.fromkeys([*rows.roles.names, *graded])
     return {name: RoleRows(no_grad[name], graded.get(name, 0)) for name in names}
@@ -82,3 +87,24 @@ def step_flops(
         graded += backbone.recompute_flops(*size)
     counted = rows_by_role(objective, rows)
     return {name: of_role.no_grad * forward + of_role.graded * graded for name, of_role in counted.items()}
+
+
+class _NoNets:
+    shares_module = True
+
+    def velocity(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Any, weights: Tensor | None = None) -> Tensor:
+        raise AssertionError("targets() made a pass outside `run`")
+
+
+@dataclass(frozen=True)
+class _NoConditions:
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, rows: Any) -> _NoConditions:
+        return self
+
+    def cat(self, *others: _NoConditions) -> _NoConditions:
+        return self

@@ -140,3 +140,42 @@ def assert_same_step(actual: Step, expected: Step, bound: float = 1e-12) -> None
     if len(actual.targets) == len(expected.targets):
         for mine, other in zip(actual.targets, expected.targets, strict=True):
             assert law9(target_tensors(mine), target_tensors(other)) <= bound
+
+
+class Recording(ToyNets):
+    """Keeps the inputs and outputs of every call."""
+
+    def __init__(self, online: torch.nn.Module, teacher: torch.nn.Module | None = None) -> None:
+        super().__init__(online, teacher)
+        self.seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def velocity(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Any, weights: Tensor | None = None) -> Tensor:
+        out = super().velocity(x_t, t, r, cond, weights)
+        self.seen.append((x_t, t, r, out))
+        return out
+
+
+def roles_and_draws(objective: Any, batch: Samples, step: int = 0) -> tuple[Roles, Any]:
+    roles = role_rows(objective, step, len(batch.x))
+    rows = Rows(7, step, torch.arange(len(batch.x)), roles)
+    return roles, objective.draw(rows, tuple(batch.x.shape[1:]), "cpu", torch.float64)
+
+
+def make(objective: Any, nets: Any, batch: Samples, step: int = 0) -> tuple[Targets, LossTerms, Roles, Any]:
+    roles, draws = roles_and_draws(objective, batch, step)
+    targets = objective.targets(nets, batch.x, batch.cond, batch.null, roles, draws)
+    return targets, objective.loss(nets, targets), roles, draws
+
+
+def present(values: Tensor | None) -> Tensor:
+    """An optional field of the targets that must be there."""
+    assert values is not None
+    return values
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def column(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

@@ -21,7 +21,8 @@ from trainer.objectives.passes import Call
 from trainer.objectives.rcgm import RCGM
 from trainer.objectives.roles import assign, published_partition
 from trainer.objectives.transport import clean_estimate, interpolate, noise_estimate
-from trainer.objectives.twinflow import TwinFlow, TwinFlowDraws
+from trainer.objectives.twinflow import TwinFlow
+from trainer.objectives.twinflow_draws import TwinFlowDraws
 from trainer.objectives.twinflow_full import TwinFlowFull, TwinFlowFullDraws
 
 RTOL, ATOL = 1e-9, 1e-12

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.objectives.cases import golden_net, run_step, samples, toy_nets
-from trainer.objectives.consistency import consistency_residual, enhance, path_integral
+from tests.trainer.objectives.cases import EQUAL_ROLES, golden_net, run_step, samples, toy_nets
+from trainer.objectives.consistency import consistency_residual, effective_scale, enhance, path_integral
 from trainer.objectives.objective import Roles
 from trainer.objectives.passes import Call, Task
-from trainer.objectives.twinflow import TwinFlow, TwinFlowDraws
+from trainer.objectives.twinflow import TwinFlow
+from trainer.objectives.twinflow_draws import TwinFlowDraws
 
 Field = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -78,7 +79,8 @@ def test_residual_tends_to_the_total_derivative_as_the_first_step_shrinks() -> N
         return net(x_t, t, r, c)
 
     with torch.no_grad():
-        along, slope = torch.func.jvp(lambda x, time: field(x, time, r), (batch.x, t), (v, torch.ones_like(t)))
+        pair: Any = torch.func.jvp(lambda x, time: field(x, time, r), (batch.x, t), (v, torch.ones_like(t)))
+        along, slope = pair
         limit = along - v + (t - r)[:, None] * slope
         errors = [(residual(field, v, batch.x, t, r, 1, d) - limit).norm().item() for d in (2e-3, 1e-3)]
     assert errors[1] < 1e-2 * limit.norm()
@@ -142,15 +144,16 @@ def test_guidance_by_the_model_itself_settles_at_its_effective_scale(ratio: floa
     learnt = c
     for _ in range(200):
         task = enhance(c, c, column(0.5), torch.tensor([0]), torch.tensor([1]), 1, ratio, (0.0, 1.0), teacher=False)
-        learnt, _ = drive(task, lambda call, now=learnt: now if call.cond.item() == 0 else u)
-    torch.testing.assert_close(learnt, u + (c - u) / (1 - ratio))
+        now = {0: learnt, 1: u}
+        learnt, _ = drive(task, lambda call, now=now: now[int(call.cond)])  # type: ignore[misc]
+    torch.testing.assert_close(learnt, u + effective_scale(ratio, "online") * (c - u))
 
 
 def test_guidance_by_a_frozen_teacher_has_scale_one_plus_the_ratio() -> None:
     c, u = samples(1, shape=(4,)).x, samples(1, seed=6, shape=(4,)).x
     task = enhance(c, c, column(0.5), torch.tensor([0]), torch.tensor([1]), 1, 4.0, (0.0, 1.0), teacher=True)
     guided, calls = drive(task, lambda call: c if call.cond.item() == 0 else u)
-    torch.testing.assert_close(guided, u + 5 * (c - u))
+    torch.testing.assert_close(guided, u + effective_scale(4.0, "frozen") * (c - u))
     assert [call.teacher for call in calls] == [True, True]
 
 
@@ -159,7 +162,7 @@ def test_replacing_guidance_discards_the_velocity_of_the_data() -> None:
     c, u = samples(1, shape=(4,)).x, samples(1, seed=6, shape=(4,)).x
     task = enhance(c, 100 * c, column(0.5), torch.tensor([0]), torch.tensor([1]), 1, 4.0, (0, 1), True, replace=True)
     guided, _ = drive(task, lambda call: c if call.cond.item() == 0 else u)
-    torch.testing.assert_close(guided, u + 4 * (c - u))
+    torch.testing.assert_close(guided, u + effective_scale(4.0, "frozen", image_free=True) * (c - u))
 
 
 def test_guidance_acts_strictly_inside_its_range() -> None:
@@ -180,7 +183,8 @@ def test_guidance_acts_strictly_inside_its_range() -> None:
 
 def test_the_residual_of_a_good_model_is_clipped_for_few_elements_only() -> None:
     """Diagnostics count clipped elements against the rows that have a consistency target."""
-    tally = run_step(TwinFlow(residual_clamp=math.inf), toy_nets("online"), samples(8)).tally
+    tally = run_step(TwinFlow(roles=EQUAL_ROLES, residual_clamp=math.inf), toy_nets("online"), samples(8)).tally
     assert tally["clamped_share"].tolist() == [0, 6]
-    tight = run_step(TwinFlow(residual_clamp=1e-9), toy_nets("online"), samples(8)).tally["clamped_share"]
+    tight_objective = TwinFlow(roles=EQUAL_ROLES, residual_clamp=1e-9)
+    tight = run_step(tight_objective, toy_nets("online"), samples(8)).tally["clamped_share"]
     assert tight.tolist() == pytest.approx([6, 6])

@@ -36,9 +36,9 @@ def expected_passes(objective: Any, mode: str, rows: int, step: int) -> tuple[in
         i, a, e, n = 0, 1, 2, objective.order
         g = int(objective.needs_null)
     else:
-        data = roles.total("e2e", "mul", "any") > 0
+        data = roles.total("e2e", "mul", "any", "one") > 0
         i = int(objective.image_free and data)
-        g = int(objective.needs_null and roles.total("mul", "any") > 0)
+        g = int(objective.needs_null and roles.total("mul", "any", "one") > 0)
         n = objective.order if objective.consistent and data else 0
         a = int(roles.total("adv") > 0)
         e = 2 if objective.rectifies and roles.total("e2e") > 0 else 0
@@ -109,6 +109,8 @@ VARIANTS = {
     "short jumps": {"consistency_ratio": 0.3},
     "no jumps": {"consistency_ratio": 0.0},
     "no adv": {"roles": {"e2e": 2, "mul": 1, "any": 1}},
+    "role one": {"roles": {"e2e": 1, "mul": 1, "one": 1, "adv": 1}, "enhanced_ratio": 0.5},
+    "role one image-free": {"roles": {"mul": 1, "one": 1, "adv": 1}, "enhanced_ratio": 0.5, "image_free": True},
     "unequal": {"roles": {"e2e": 1, "mul": 2, "any": 1, "adv": 0}},
     "beta times": {"time_alpha": 0.8, "time_beta": 1.2, "time_max": 0.9},
     "logit normal": {"time_distribution": "logit_normal", "time_mean": 0.4},

@@ -131,3 +131,10 @@ def test_betas_follow_the_beta_distribution(alpha: float, beta: float) -> None:
     assert torch.equal(made[100:110], betas(8, 9, "t", ROWS[100:110], alpha, beta))
     next_step = betas(8, 10, "t", rows, alpha, beta)
     assert torch.corrcoef(torch.stack([made, next_step]))[0, 1].abs() < 5 / math.sqrt(len(rows))
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.6), (0.3, 1.5)])
+def test_betas_are_exact_and_not_only_nearly_so(alpha: float, beta: float) -> None:
+    """Many rows, since the proposals alone, without the acceptance, are nearly right."""
+    made = betas(8, 9, "t", torch.arange(60_000), alpha, beta)
+    assert stats.kstest(made.numpy(), stats.beta(alpha, beta).cdf).pvalue > 1e-2
