@@ -99,7 +99,7 @@ def repair(files: Files) -> Files:
 
 def named_members(scratch: Path) -> Iterator[Case]:
     """Member names and types that lead elsewhere."""
-    names = (
+    names: tuple[str, ...] = (
         "../x.png",
         "../../../../tmp/x.png",
         "/etc/passwd.png",
@@ -209,7 +209,8 @@ def wrong_manifests(base: Files) -> Iterator[Case]:
         document["shards"][0][key] = value
         yield Case("manifest entry", f"{key}={str(value)[:24]!r}", base | {MANIFEST: json.dumps(document).encode()})
     heads: list[tuple[str, Any]] = [("channels", c) for c in (0, 2, -1, 10**9, "3", None)]
-    heads += [("shards", s) for s in ([], {}, None, [1], [[]], "x")]
+    lists: tuple[Any, ...] = ([], {}, None, [1], [[]], "x")
+    heads += [("shards", value) for value in lists]
     heads += [("version", 99), ("format", "x"), ("source", 5), ("source", "../x")]
     for key, value in heads:
         body = json.dumps(json.loads(base[MANIFEST]) | {key: value}).encode()
