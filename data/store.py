@@ -109,9 +109,14 @@ class LocalStore(LocalFolder):
 
 
 class S3Store(S3Folder):
-    def scratch(self) -> Path:
+    def __init__(self, bucket: str, prefix: str, endpoint_url: str | None) -> None:
+        super().__init__(bucket, prefix, endpoint_url)
         digest = hashlib.sha256(self.identity.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"twinflow-packing-{os.getuid()}-{digest}"
+        # Decided here and sent to the workers, which may have been started with another TMPDIR.
+        self._scratch = Path(tempfile.gettempdir()) / f"twinflow-packing-{os.getuid()}-{digest}"
+
+    def scratch(self) -> Path:
+        return self._scratch
 
     def files(self) -> dict[str, Stored]:
         start = self._key("")

@@ -20,7 +20,7 @@ from trainer.objectives.objective import LossTerms, Nets, Roles, Rows, Targets
 from trainer.objectives.passes import Call, Runner, Task, run_packed
 from trainer.objectives.roles import pattern
 from trainer.objectives.transport import clean_estimate, interpolate
-from trainer.objectives.twinflow_draws import DATA_ROLES, TwinFlowDraws, draw_t, draw_twinflow
+from trainer.objectives.twinflow_random import DATA_ROLES, TwinFlowDraws, draw_t, draw_twinflow
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from trainer.objectives.rcgm import RCGM
 from trainer.objectives.roles import assign, published_partition
 from trainer.objectives.transport import clean_estimate, interpolate, noise_estimate
 from trainer.objectives.twinflow import TwinFlow
-from trainer.objectives.twinflow_draws import TwinFlowDraws
 from trainer.objectives.twinflow_full import TwinFlowFull, TwinFlowFullDraws
+from trainer.objectives.twinflow_random import TwinFlowDraws
 
 RTOL, ATOL = 1e-9, 1e-12
 EQUAL_ROLES = {"e2e": 1, "mul": 1, "any": 1, "adv": 1}

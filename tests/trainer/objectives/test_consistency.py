@@ -11,7 +11,7 @@ from trainer.objectives.consistency import consistency_residual, effective_scale
 from trainer.objectives.objective import Roles
 from trainer.objectives.passes import Call, Task
 from trainer.objectives.twinflow import TwinFlow
-from trainer.objectives.twinflow_draws import TwinFlowDraws
+from trainer.objectives.twinflow_random import TwinFlowDraws
 
 Field = Callable[[Tensor, Tensor, Tensor], Tensor]
 
