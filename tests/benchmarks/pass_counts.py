@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.schema import Ema, Optimizer
 from tests.trainer.engines.toy import ToyBackbone
-from tests.trainer.objectives.cases import role_rows, samples
+from tests.trainer.objectives.cases import PUBLISHED, role_rows, samples
 from tests.trainer.objectives.toy import VectorConditions
 from trainer.engines.fsdp2 import FSDP2, FSDP2Options
 from trainer.objectives.objective import TEACHER, Nets, Roles, Rows
@@ -30,10 +30,18 @@ class Setting:
     order: int
     accumulation: int
     micro_batch_size: int
+    published: bool = True
+    """The published roles and times; otherwise those of the default recipe."""
 
     @property
     def objective(self) -> TwinFlow:
-        return TwinFlow(order=self.order, teacher=self.teacher, enhanced_ratio=0.5)
+        recipe = PUBLISHED if self.published else {}
+        return TwinFlow(order=self.order, teacher=self.teacher, enhanced_ratio=0.5, **recipe)
+
+    @property
+    def period(self) -> int:
+        """Rows after which the roles repeat."""
+        return sum(self.objective.role_weights.values())
 
     @property
     def rows(self) -> int:

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.pass_counts import RANKS, SHAPE, CountedNets, Setting
-from tests.trainer.objectives.cases import EQUAL_ROLES, Samples, role_rows, samples
+from tests.trainer.objectives.cases import Samples, role_rows, samples
 from trainer.objectives.objective import Rows
 from trainer.objectives.twinflow import TwinFlow
-
-PERIOD = sum(EQUAL_ROLES.values())
 
 
 class FreeNet:
@@ -44,7 +42,7 @@ class Balance:
     @property
     def bound(self) -> bool:
         """Whether a rank's window is a whole number of role periods, so that the bar applies."""
-        return self.setting.rows % PERIOD == 0
+        return self.setting.rows % self.setting.period == 0
 
 
 def balance(setting: Setting, steps: int) -> Balance:

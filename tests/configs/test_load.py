@@ -150,7 +150,7 @@ def test_differences_are_listed_leaf_by_leaf() -> None:
         load.to_dict(smoke("objective.roles={any: 1}", "train.steps=9", "schedule.warmup_steps=1")),
     )
     changes = {key: (old, new) for key, old, new in load.difference(a, b)}
-    assert changes["train.steps"] == (1500, 9) or changes["train.steps"][1] == 9
+    assert changes["train.steps"] == (1000, 9)
     assert changes["objective.roles.e2e"] == (1, None)
     assert load.difference(a, a) == []
     assert load.digest(load.identity(smoke())) == load.digest(load.identity(smoke("runtime.threads=2")))

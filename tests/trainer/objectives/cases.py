@@ -18,6 +18,8 @@ from trainer.objectives.roles import assign
 SHAPE = (1, 2, 3)
 CONDITION = 3
 EQUAL_ROLES = {"e2e": 1, "mul": 1, "any": 1, "adv": 1}
+PUBLISHED: dict[str, Any] = {"roles": EQUAL_ROLES, "time_distribution": "beta"}
+"""Where the published step differs from the default recipe."""
 TEACHERS = ("online", "ema", "ema shared", "frozen", "frozen shared")
 """Teacher modes: a word, and "shared" where the teacher's rows run in the online module (LoRA)."""
 

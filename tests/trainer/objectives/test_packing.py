@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.objectives.cases import (
+    PUBLISHED,
     SHAPE,
     TEACHERS,
     assert_same_step,
@@ -76,7 +77,9 @@ def check(objective: Any, mode: str, rows: int, step: int) -> None:
 @pytest.mark.parametrize("mode", TEACHERS)
 def test_twinflow_packed_equals_unpacked(mode: str, order: int) -> None:
     for rows, guidance, image_free in itertools.product(BATCHES, (0.0, 0.5), (False, True)):
-        objective = TwinFlow(order=order, teacher=mode.split()[0], enhanced_ratio=guidance, image_free=image_free)
+        objective = TwinFlow(
+            order=order, teacher=mode.split()[0], enhanced_ratio=guidance, image_free=image_free, **PUBLISHED
+        )
         check(objective, mode, rows, step=rows)
 
 
@@ -102,6 +105,7 @@ def test_flow_matching_needs_no_pass_but_the_graded_one(rows: int) -> None:
 
 
 VARIANTS = {
+    "default recipe": {name: getattr(TwinFlow(), name) for name in PUBLISHED},
     "published partition": {"published_partition": True},
     "barron alpha 0": {"barron_alpha": 0.0},
     "l2": {"distance": "l2", "interval_weight": "none"},
@@ -121,7 +125,7 @@ VARIANTS = {
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_every_variant_packed_equals_unpacked(options: dict[str, Any], mode: str) -> None:
     for rows in (4, 7):
-        check(TwinFlow(teacher=mode.split()[0], **options), mode, rows, step=1)
+        check(TwinFlow(teacher=mode.split()[0], **(PUBLISHED | options)), mode, rows, step=1)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -129,15 +133,15 @@ def test_every_variant_packed_equals_unpacked(options: dict[str, Any], mode: str
 def test_the_online_teacher_needs_far_fewer_passes_than_the_published_code(order: int, guidance: float) -> None:
     """Published: 4 + N + 2g + i per micro-batch, the graded one among them."""
     nets = toy_nets("online")
-    run_step(TwinFlow(order=order, enhanced_ratio=guidance), nets, samples(8))
+    run_step(TwinFlow(order=order, enhanced_ratio=guidance, **PUBLISHED), nets, samples(8))
     assert len(nets.calls) == max((guidance > 0) + order, 2) + 1 < 4 + order + 2 * (guidance > 0)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4, 6, 12])
 def test_there_is_one_graded_pass_per_micro_batch_and_no_more_other_passes(micro_batch_size: int) -> None:
     nets = toy_nets("online")
-    whole = run_step(TwinFlow(enhanced_ratio=0.5), toy_nets("online"), samples(12))
-    made = run_step(TwinFlow(enhanced_ratio=0.5), nets, samples(12), micro_batch_size=micro_batch_size)
+    whole = run_step(TwinFlow(enhanced_ratio=0.5, **PUBLISHED), toy_nets("online"), samples(12))
+    made = run_step(TwinFlow(enhanced_ratio=0.5, **PUBLISHED), nets, samples(12), micro_batch_size=micro_batch_size)
     assert [rows for rows, _, graded in nets.calls if graded] == [micro_batch_size] * (12 // micro_batch_size)
     assert [graded for *_, graded in nets.calls] == [False] * 3 + [True] * (12 // micro_batch_size)
     assert_same_step(made, whole)
@@ -145,7 +149,7 @@ def test_there_is_one_graded_pass_per_micro_batch_and_no_more_other_passes(micro
 
 def test_the_frozen_teachers_guidance_comes_first() -> None:
     nets = toy_nets("frozen")
-    run_step(TwinFlow(teacher="frozen", enhanced_ratio=2.0), nets, samples(8))
+    run_step(TwinFlow(teacher="frozen", enhanced_ratio=2.0, **PUBLISHED), nets, samples(8))
     assert [taught == rows for rows, taught, _ in nets.calls] == [True, False, False, False]
 
 

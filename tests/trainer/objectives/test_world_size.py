@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.trainer.objectives.cases import (
+    PUBLISHED,
     SHAPE,
     TEACHERS,
     Step,
@@ -39,7 +40,8 @@ def kinds(step: Step, mode: str) -> list[list[tuple[bool, bool]]]:
 @pytest.mark.parametrize("cls", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_ranks_make_the_same_calls_and_add_up_to_the_single_rank(cls: Any, mode: str, chunk_rows: int | None) -> None:
     """Windows of 1, 2 and 3 rows per rank: smaller than the period of 4, so that ranks lack roles."""
-    objective = cls(teacher=mode.split()[0], enhanced_ratio=0.5)
+    published = PUBLISHED if cls is TwinFlow else {}
+    objective = cls(teacher=mode.split()[0], enhanced_ratio=0.5, **published)
     for global_batch, step, ranks in ((2, 0, (2,)), (2, 1, (2,)), (3, 2, (3,)), (6, 3, (2, 3))):
         whole = run_step(objective, toy_nets(mode), samples(global_batch), step)
         for world_size in ranks:
@@ -52,7 +54,7 @@ def test_ranks_make_the_same_calls_and_add_up_to_the_single_rank(cls: Any, mode:
 @pytest.mark.parametrize("options", [{"image_free": True}, {"published_partition": True}, {"order": 0}, {"order": 3}])
 @pytest.mark.parametrize("mode", ["online", "ema", "frozen"])
 def test_options_do_not_break_the_equality_over_ranks(options: dict[str, Any], mode: str) -> None:
-    objective = TwinFlow(teacher=mode, enhanced_ratio=0.5, **options)
+    objective = TwinFlow(teacher=mode, enhanced_ratio=0.5, **PUBLISHED, **options)
     for world_size, micro_batch_size, chunk_rows in ((2, 2, None), (3, 1, 2), (6, 2, 1)):
         whole = run_step(objective, toy_nets(mode), samples(12))
         split = run_step(objective, toy_nets(mode), samples(12), 5, world_size, micro_batch_size, chunk_rows)
@@ -71,7 +73,7 @@ def test_flow_matching_adds_up_over_ranks(world_size: int) -> None:
 @pytest.mark.parametrize(
     "objective",
     [
-        TwinFlow(image_free=True, time_alpha=0.8, time_beta=1.3),
+        TwinFlow(image_free=True, time_alpha=0.8, time_beta=1.3, **PUBLISHED),
         TwinFlow(time_distribution="logit_normal"),
         TwinFlowFull(),
         RCGM(),
@@ -94,7 +96,9 @@ def test_a_row_draws_the_same_numbers_on_any_rank(objective: Any, world_size: in
         assert torch.equal(torch.cat([part[name] for part in parts]), values), name
 
 
-@pytest.mark.parametrize("objective", [TwinFlow(), TwinFlowFull(), FlowMatching()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "objective", [TwinFlow(), TwinFlow(**PUBLISHED), TwinFlowFull(), FlowMatching()], ids=lambda o: type(o).__name__
+)
 def test_draws_change_with_step_and_seed_and_keep_to_their_ranges(objective: Any) -> None:
     def draw(seed: int, step: int) -> dict[str, torch.Tensor]:
         rows = Rows(seed, step, torch.arange(64), role_rows(objective, 0, 64))
@@ -114,8 +118,8 @@ def test_draws_change_with_step_and_seed_and_keep_to_their_ranges(objective: Any
 
 
 def test_noises_of_one_row_are_different_numbers() -> None:
-    rows = Rows(1, 0, torch.arange(8), role_rows(TwinFlow(), 0, 8))
-    draws = TwinFlow(image_free=True).draw(rows, SHAPE, "cpu", torch.float64)
+    rows = Rows(1, 0, torch.arange(8), role_rows(TwinFlow(**PUBLISHED), 0, 8))
+    draws = TwinFlow(image_free=True, **PUBLISHED).draw(rows, SHAPE, "cpu", torch.float64)
     values = torch.cat([draws.z, draws.z_image_free, draws.z_adv, draws.z_rectify]).flatten()
     assert len(values.unique()) == len(values)
     times = torch.cat([draws.t, draws.u_r, draws.u_r_min, draws.t_rectify])
