@@ -1,4 +1,4 @@
-"""Checks of the objectives against numbers recorded from the published implementation (tests/golden/README.md)."""
+"""Checks of the objectives against numbers recorded from the published implementation in float64 (tests/golden)."""
 
 from __future__ import annotations
 
