@@ -19,6 +19,8 @@ RANGES = {
     "data.workers": (0, LARGEST),
     "data.prefetch": (1, LARGEST),
     "data.lanes": (1, LARGEST),
+    "data.read_budget_s": (SMALLEST, LARGEST),
+    "data.max_bad_samples": (0, 1),
     "encoder.max_text_tokens": (1, LARGEST),
     "train.steps": (1, LARGEST),
     "train.global_batch_size": (1, LARGEST),
@@ -193,17 +195,8 @@ def _numerics(config: Config) -> None:
         )
 
 
-def _reading(config: Config) -> None:
-    data = config.data
-    if not data.read_budget_s > 0:
-        raise ValueError(f"data.read_budget_s is {data.read_budget_s}; a time above 0 [s], for instance 60")
-    if not 0 <= data.max_bad_samples <= 1:
-        raise ValueError(f"data.max_bad_samples is {data.max_bad_samples}; a share of the samples, from 0 to 1")
-
-
 RULES = (
     _run_name,
-    _reading,
     _guidance,
     _ranges,
     _samplers,

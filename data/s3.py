@@ -136,14 +136,18 @@ class S3Folder:
         self.identity = f"{endpoint_url or 'aws'} {self.url}"
 
     def sizes(self) -> dict[str, int]:
+        return {name: entry["Size"] for name, entry in self._listing()}
+
+    def _listing(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(relative name, entry of the store's answer) of every object, page by page."""
         start = f"{self.prefix}/" if self.prefix else ""
-        found: dict[str, int] = {}
         more: dict[str, str] = {}
         while True:
             page = self._request("list_objects_v2", self.url, Budget(self.read_budget_s), Prefix=start, **more)
-            found |= {o["Key"][len(start) :]: o["Size"] for o in page.get("Contents", ())}
+            for entry in page.get("Contents", ()):
+                yield entry["Key"][len(start) :], entry
             if not page.get("IsTruncated"):
-                return found
+                return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:

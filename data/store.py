@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -119,17 +118,10 @@ class S3Store(S3Folder):
         return self._scratch
 
     def files(self) -> dict[str, Stored]:
-        start = self._key("")
-        found: dict[str, Stored] = {}
-        more: dict[str, str] = {}
-        while True:
-            page = self._request("list_objects_v2", self.url, self._budget(), Prefix=start, **more)
-            for entry in page.get("Contents", ()):
-                modified: datetime = entry["LastModified"]
-                found[entry["Key"][len(start) :]] = Stored(entry["Size"], modified.timestamp(), entry["ETag"])
-            if not page.get("IsTruncated"):
-                return found
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+        return {
+            name: Stored(entry["Size"], entry["LastModified"].timestamp(), entry["ETag"])
+            for name, entry in self._listing()
+        }
 
     def publish(self, path: Path, name: str) -> str | None:
         with open(path, "rb") as file:

@@ -85,7 +85,9 @@ def build_run(
         nets=CountedNets(engine.nets, PassFlops(backbone)),
         encoding=Encoding(text, latents, world.device, objective.needs_null),
         order=order,
-        loader=build_loader(config, world, order, manifest, start_step=done.step),
+        loader=build_loader(
+            config, world, order, manifest, config.train.steps, done.step, config.data.workers, config.data.prefetch
+        ),
         agreement=Agreement(config.runtime.collective_timeout_s),
         checkpoints=checkpoints,
         tracker=tracker,
@@ -98,17 +100,27 @@ def build_run(
     )
 
 
-def build_loader(config: Config, world: World, order: Order, manifest: Manifest, start_step: int) -> Loader:
+def build_loader(
+    config: Config,
+    world: World,
+    order: Order,
+    manifest: Manifest,
+    steps: int,
+    start_step: int = 0,
+    workers: int = 0,
+    prefetch: int = 1,
+) -> Loader:
+    """This rank's batches of steps start_step .. steps - 1, read as the data section says."""
     data = config.data
     return Loader(
         order,
         manifest,
-        steps=config.train.steps,
+        steps=steps,
         start_step=start_step,
         rank=world.rank,
         world_size=world.world_size,
-        workers=data.workers,
-        prefetch=data.prefetch,
+        workers=workers,
+        prefetch=prefetch,
         cache_dir=data.cache_dir,
         cache_gb=data.cache_gb,
         endpoint_url=data.endpoint_url,
@@ -123,18 +135,7 @@ def held_out_batch(config: Config, world: World) -> Batch | None:
         return None
     manifest = read_manifest(data.held_out, data.endpoint_url, data.read_budget_s)
     order = Order(manifest, seed=0, global_batch_size=config.train.global_batch_size)
-    loader = Loader(
-        order,
-        manifest,
-        steps=1,
-        rank=world.rank,
-        world_size=world.world_size,
-        cache_dir=data.cache_dir,
-        cache_gb=data.cache_gb,
-        endpoint_url=data.endpoint_url,
-        read_budget_s=data.read_budget_s,
-    )
-    return next(iter(loader))
+    return next(iter(build_loader(config, world, order, manifest, steps=1)))
 
 
 def certificate(config: Config, world: World, order: Order) -> dict[str, Any]:

@@ -71,8 +71,10 @@ def write_json(path: Path, content: Any) -> None:
 def _has_progress(path: Path) -> bool:
     """Whether the run has trained: a checkpoint, or metrics in its journal."""
     journal = path / "journal.jsonl"
-    logged = journal.exists() and '"kind": "metrics"' in journal.read_text()
-    return logged or any((path / "checkpoints").glob("step_*"))
+    # The checkpoints first: the journal of a long run is large.
+    return any((path / "checkpoints").glob("step_*")) or (
+        journal.exists() and '"kind": "metrics"' in journal.read_text()
+    )
 
 
 def _finished(path: Path, steps: int) -> bool:
