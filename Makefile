@@ -2,11 +2,15 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+# BASE, EXTRAS, TORCH_INDEX: what the image is built on and with, see docker/Dockerfile; TAG: its name.
+TAG ?= local
+REVISION = $(shell git describe --always --abbrev=40 --dirty=+)
+COMPOSE = REVISION=$(REVISION) TAG=$(TAG) docker compose --project-name twinflow --project-directory . --file docker/compose.yaml
 export PYTHONPATH := $(CURDIR)
 # DeepSpeed compiles with ninja from the environment; without torchvision nothing of ours is missing.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup smoke test lint bench bench-quick
+.PHONY: setup smoke test lint bench bench-quick image compose-smoke
 
 setup: .venv/.installed
 
@@ -35,3 +39,12 @@ bench: setup
 
 bench-quick: setup
 	$(BIN)/python -m tests.benchmarks.run --quick
+
+image:
+	docker build --file docker/Dockerfile --tag twinflow-trainer:$(TAG) --build-arg REVISION=$(REVISION) \
+		$(foreach name,BASE EXTRAS TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name)))) .
+
+compose-smoke:
+	$(COMPOSE) up --build --abort-on-container-exit --exit-code-from trainer
+	$(COMPOSE) cp trainer:/opt/twinflow/outputs/. outputs/compose
+	$(COMPOSE) down

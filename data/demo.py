@@ -1,7 +1,8 @@
 """python -m data.demo DEST: scikit-learn's handwritten digits as WebDataset shards, to train on without a download.
 
-DEST/train and DEST/heldout hold 1257 and 540 of the 1797 images (stratified, random_state 0). A pixel value v of
-0..16 is stored as round(v * 255 / 16), so that reading gives v / 8 - 1 within 1 / 255.
+DEST is a folder or an s3:// prefix. DEST/train and DEST/heldout hold 1257 and 540 of the 1797 images (stratified,
+random_state 0). A pixel value v of 0..16 is stored as round(v * 255 / 16), so that reading gives v / 8 - 1 within
+1 / 255.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from data.buckets import Bucket
 from data.index import index_tar, write_index
 from data.manifest import MANIFEST, read_manifest, write_manifest
 from data.s3 import DataError
+from data.store import open_store, sole_writer
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -83,6 +86,21 @@ def finished(destination: Path, size: int) -> bool:
     return True
 
 
+def upload_digits(url: str, endpoint_url: str | None, shard_size: int, size: int) -> None:
+    """Write URL/train and URL/heldout on S3; a manifest follows its shards, so that an interrupted upload has none.
+
+    Raises DataError where an object cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        digits_here = Path(scratch) / "digits"
+        write_digits(digits_here, shard_size, size)
+        for name in ("train", "heldout"):
+            store = open_store(f"{url.rstrip('/')}/{name}", endpoint_url)
+            with sole_writer(store):
+                for path in sorted((digits_here / name).iterdir(), key=lambda path: path.name == MANIFEST):
+                    store.publish(path, path.name)
+
+
 def _write_folder(folder: Path, indices: Integers, shard_size: int, size: int) -> None:
     folder.mkdir(parents=True)
     bunch = load_digits()
@@ -110,23 +128,28 @@ def _png(values: npt.NDArray[np.float64], size: int) -> bytes:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.demo", description=__doc__)
-    parser.add_argument("dest", type=Path, help="new folder to write")
+    parser.add_argument("dest", help="new folder to write, or s3://BUCKET/PREFIX")
     parser.add_argument("--shard-size", type=int, default=128, help="images per shard")
     parser.add_argument("--size", type=int, default=8, help="side of the images [pixels]; more than 8 enlarges them")
+    parser.add_argument("--endpoint-url", help="S3 endpoint of stores other than AWS")
     options = parser.parse_args(arguments)
     if options.shard_size < 1 or options.size < 1:
         parser.error("--shard-size and --size are at least 1")
-    destination = options.dest.expanduser().absolute()
+    remote = "://" in options.dest
+    destination = options.dest.rstrip("/") if remote else Path(options.dest).expanduser().absolute()
     try:
-        if finished(destination, options.size):
+        if remote:
+            upload_digits(destination, options.endpoint_url, options.shard_size, options.size)
+        elif finished(destination, options.size):
             print(f"{destination} is finished already: nothing to do")
             return 0
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        write_digits(destination, options.shard_size, options.size)
+        else:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            write_digits(destination, options.shard_size, options.size)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {destination / 'train' / MANIFEST} and {destination / 'heldout' / MANIFEST}")
+    print(f"wrote {destination}/train/{MANIFEST} and {destination}/heldout/{MANIFEST}")
     return 0
 
 

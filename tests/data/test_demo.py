@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 
 from data.demo import CAPTIONS, digits, main
 from data.manifest import read_manifest
+from tests.data.conftest import ObjectStore
 
 
 def test_digits_are_the_stratified_split() -> None:
@@ -70,3 +71,18 @@ def test_a_damaged_set_is_reported(digits_folder: Path, capsys: pytest.CaptureFi
         assert "digits-000001.tar is missing" in capsys.readouterr().err
     finally:
         lost.write_bytes(body)
+
+
+def test_digits_go_to_s3_and_again_without_harm(store: ObjectStore) -> None:
+    store.client.create_bucket(Bucket="demo")
+    arguments = ["s3://demo/digits", "--endpoint-url", store.endpoint_url]
+    assert main(arguments) == 0
+    for name, samples in (("train", 1257), ("heldout", 540)):
+        manifest = read_manifest(f"s3://demo/digits/{name}", store.endpoint_url)
+        assert sum(shard.samples for shard in manifest.shards) == samples
+    assert main(arguments) == 0
+
+
+def test_a_missing_bucket_is_named(store: ObjectStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["s3://nobucket/digits", "--endpoint-url", store.endpoint_url]) == 1
+    assert "nobucket" in capsys.readouterr().err
