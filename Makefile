@@ -26,6 +26,7 @@ smoke: setup
 	$(BIN)/twinflow train configs/smoke.yaml
 
 test: lint
+	tests/launcher/install_slurm.sh
 	$(BIN)/python -m pytest
 
 lint: setup

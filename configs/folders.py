@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 from configs.schema import Config
 
 OURS = "run.json"
+CHAIN = Path("slurm/chain.json")
+"""In the folder of a run that was submitted to SLURM, from the submission on."""
+HEARTBEAT = "heartbeat.json"
+"""Rank 0 rewrites it while it makes progress: step and stage."""
 
 
 class ForeignFolder(ValueError):
@@ -29,7 +36,14 @@ def unused(path: Path) -> Path:
 def refuse_foreign(path: Path) -> None:
     """ForeignFolder where the folder is neither absent, empty, nor a run's."""
     entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if entries - {"logs"} and OURS not in entries:
+    if entries - {"logs", "slurm"} and OURS not in entries and not (path / CHAIN).exists():
         raise ForeignFolder(
             f"{path} exists and is not a run of this trainer (no {OURS}); choose another run.name or run.dir, or --fresh"
         )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one act."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)

@@ -17,11 +17,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs import knobs, rules
+from configs import knobs, rules, switching
 from configs.schema import Config
 
 IDENTITY_SECTIONS = ("model", "objective", "guidance", "optimizer", "schedule", "encoder", "ema")
-IDENTITY_KEYS = ("run.seed", "train.steps", "train.global_batch_size", "data.lanes")
+IDENTITY_KEYS = ("run.seed", "train.steps", "train.global_batch_size", "data.lanes", "data.flip")
 # Where the same weights lie, and how the frozen encoders compute, does not make another experiment.
 CIRCUMSTANCE_KEYS = ("model.path", "guidance.allow_divergent")
 _SECRET = re.compile(r"secret|token|password|credential|(^|_)key$", re.IGNORECASE)
@@ -40,12 +40,15 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
         ConfigError: unknown key (with the nearest one), wrong type (with the expected one), missing value, a broken
             rule between keys, or an unreadable file.
     """
-    layers = [(str(file), _read(Path(file))) for file in files] + [(text, _override(text)) for text in overrides]
+    layers = [(str(file), read_yaml(Path(file))) for file in files] + [
+        (text, read_override(text)) for text in overrides
+    ]
+    layers = switching.without_replaced_engine(layers)
     schema = _schema(layers)
     merged = OmegaConf.structured(schema)
     entries = {text for text in overrides if text.split("=")[0].count(".") >= 2}  # one entry of a mapping
     for where, layer in layers:
-        _refuse_unknown(layer, merged, where)
+        refuse_unknown(layer, merged, where)
         if where not in entries:
             _empty_mappings(merged, layer)
         try:
@@ -116,7 +119,7 @@ def _identifies(key: str) -> bool:
     return (key.split(".")[0] in IDENTITY_SECTIONS or key in IDENTITY_KEYS) and key not in CIRCUMSTANCE_KEYS
 
 
-def _read(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
     """A YAML file by OmegaConf's reader, which refuses a key given twice and leaves dates text."""
     try:
         content = OmegaConf.create(path.read_text(encoding="utf-8"))
@@ -129,7 +132,7 @@ def _read(path: Path) -> DictConfig:
     return content
 
 
-def _override(text: str) -> DictConfig:
+def read_override(text: str) -> DictConfig:
     if "=" not in text:
         raise ConfigError(f"{text!r} is no override; write key=value, for instance train.steps=100")
     key = text.split("=")[0]
@@ -180,17 +183,24 @@ def _to_config(merged: DictConfig) -> Config:
     return Config(**plain)
 
 
-def _refuse_unknown(layer: Any, schema: Any, where: str, prefix: str = "") -> None:
+def refuse_unknown(layer: Any, schema: Any, where: str, prefix: str = "") -> None:
     legal = [str(key) for key in schema.keys()]  # noqa: SIM118 (`in` on a DictConfig denies keys without a value)
     for key in layer.keys():  # noqa: SIM118
         if key not in legal:
+            kind = prefix.removesuffix(".")
+            others = switching.owners(kind, str(key)) if kind in knobs.FOLDERS else []
+            if others:
+                raise ConfigError(
+                    f"{where}: {prefix}{key} is an option of {kind} {', '.join(others)}, and {kind} {schema['name']} has "
+                    f"none of that name; remove it, or set {kind}.name={others[0]}"
+                )
             near = difflib.get_close_matches(str(key), legal, n=1, cutoff=0.4)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"legal here: {', '.join(legal)}"
             raise ConfigError(f"{where}: unknown key {prefix}{key}; {hint}")
         inside, expected = layer._get_node(key), schema._get_node(key)
         typed = isinstance(expected, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(expected))
         if typed and isinstance(inside, DictConfig):
-            _refuse_unknown(inside, expected, where, f"{prefix}{key}.")
+            refuse_unknown(inside, expected, where, f"{prefix}{key}.")
         elif typed:
             raise ConfigError(f"{where}: {prefix}{key} is a section; write {prefix}{key}: {{KEY: VALUE}}")
 

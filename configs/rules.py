@@ -18,6 +18,8 @@ RANGES = {
     "data.cache_gb": (SMALLEST, LARGEST),
     "data.workers": (0, LARGEST),
     "data.prefetch": (1, LARGEST),
+    "data.prefetch_gb": (SMALLEST, LARGEST),
+    "data.fetch_threads": (1, 64),
     "data.lanes": (1, LARGEST),
     "data.read_budget_s": (SMALLEST, LARGEST),
     "data.max_bad_samples": (0, 1),
@@ -26,6 +28,7 @@ RANGES = {
     "train.global_batch_size": (1, LARGEST),
     "train.micro_batch_size": (1, LARGEST),
     "train.chunk_rows": (1, LARGEST),
+    "train.max_skips": (0, LARGEST),
     "optimizer.learning_rate": (SMALLEST, LARGEST),
     "optimizer.eps": (SMALLEST, LARGEST),
     "optimizer.weight_decay": (0, LARGEST),
@@ -33,6 +36,7 @@ RANGES = {
     "schedule.final_ratio": (0, 1),
     "checkpoint.every": (0, LARGEST),
     "checkpoint.keep_last": (1, LARGEST),
+    "checkpoint.keep_every": (0, LARGEST),
     "sample.every": (0, LARGEST),
     "sample.columns": (1, LARGEST),
     "sample.chunk_rows": (1, LARGEST),
@@ -43,6 +47,8 @@ RANGES = {
     "runtime.port": (1, 65535),
     "runtime.stop_timeout_s": (1, LARGEST),
     "runtime.collective_timeout_s": (1, LARGEST),
+    "runtime.hang_timeout_s": (1, LARGEST),
+    "runtime.hang_first_timeout_s": (1, LARGEST),
 }
 """Lowest and highest legal value, both included; null is legal where the schema has it, nan nowhere."""
 SAMPLERS = r"[124]nfe|(few|any|multi)0*[1-9]\d*"
@@ -154,9 +160,36 @@ def _samplers(config: Config) -> None:
                 )
 
 
+def _checkpoint(config: Config) -> None:
+    where = config.checkpoint.dir or ""
+    scheme, _, rest = where.partition("://")
+    if "://" in where and (scheme != "s3" or not rest.strip("/")):
+        raise ValueError(f"checkpoint.dir is {where}; write a folder, or s3://BUCKET/PREFIX")
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    if (data.manifest is None) == (not data.sources):
+        raise ValueError(
+            "not set: data.manifest; write the folder of the data, or data.sources for several"
+            if data.manifest is None
+            else "data.manifest and data.sources are both set; write all data sets into data.sources"
+        )
+    if wrong := [source.manifest for source in data.sources if not 0 < source.weight < math.inf]:
+        raise ValueError(f"data.sources: the weight of {wrong[0]} must be positive")
+    if data.small_buckets not in ("refuse", "repeat", "drop"):
+        raise ValueError(f"data.small_buckets is {data.small_buckets!r}; choose refuse, repeat or drop")
+
+
 def _optimizer(config: Config) -> None:
-    if config.optimizer.name not in ("adamw", "adam", "radam"):
-        raise ValueError(f"optimizer.name is {config.optimizer.name!r}; choose adamw, adam or radam")
+    if config.optimizer.name not in ("adamw", "adam", "radam", "adamw8bit"):
+        raise ValueError(f"optimizer.name is {config.optimizer.name!r}; choose adamw, adam, radam or adamw8bit")
+    offloaded = [f"engine.{key}" for key in ("cpu_offload", "offload_optimizer") if config.engine.get(key)]
+    if config.optimizer.name == "adamw8bit" and offloaded:
+        raise ValueError(
+            f"optimizer.name=adamw8bit updates on GPUs, but {offloaded[0]} keeps the shards in host memory; set "
+            f"{offloaded[0]}=false, or optimizer.name=adamw"
+        )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ValueError(f"optimizer.betas is {tuple(config.optimizer.betas)}; both lie in [0, 1)")
 
@@ -168,6 +201,17 @@ def _schedule(config: Config) -> None:
         raise ValueError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} does not lie within train.steps={config.train.steps}"
         )
+
+
+def _non_finite(config: Config) -> None:
+    if config.train.non_finite not in ("stop", "skip"):
+        raise ValueError(f"train.non_finite is {config.train.non_finite!r}; choose stop or skip")
+
+
+def _profile(config: Config) -> None:
+    steps = config.profile.steps
+    if steps and not (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
+        raise ValueError(f"profile.steps is {steps}; write the first and the last step, for instance [20, 22]")
 
 
 def _averages(config: Config) -> None:
@@ -199,9 +243,13 @@ RULES = (
     _run_name,
     _guidance,
     _ranges,
+    _data,
+    _checkpoint,
     _samplers,
     _optimizer,
     _schedule,
+    _non_finite,
+    _profile,
     _averages,
     _yardstick,
     _numerics,

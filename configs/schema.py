@@ -21,9 +21,23 @@ class Run:
 
 
 @dataclass
-class Data:
+class Source:
     manifest: str = MISSING
     """Folder or s3:// prefix that holds manifest.json and the shards."""
+    weight: float = 1.0
+    """Times that its samples count in an epoch of the run."""
+
+
+@dataclass
+class Data:
+    manifest: str | None = None
+    """Folder or s3:// prefix that holds manifest.json and the shards; or several as data.sources."""
+    sources: list[Source] = field(default_factory=list)
+    """Several data sets as one run, each {manifest: FOLDER, weight: TIMES}; in place of data.manifest."""
+    small_buckets: str = "refuse"
+    """refuse | repeat | drop: a bucket with fewer samples in an epoch than a global batch; repeat raises its weight."""
+    flip: bool = False
+    """Mirror each image in half of its own epochs, drawn by sample; not for precomputed latents."""
     held_out: str | None = None
     """The same for held-out samples; null skips the held-out loss."""
     endpoint_url: str | None = None
@@ -35,7 +49,11 @@ class Data:
     workers: int = 1
     """Loader processes per rank; 0 decodes in the training process."""
     prefetch: int = 4
-    """Batches that a loader process prepares ahead."""
+    """Batches that a loader process prepares ahead, as far as data.prefetch_gb lets it."""
+    prefetch_gb: float = 4.0
+    """Bytes that the batches prepared ahead may hold on a rank [GB]."""
+    fetch_threads: int = 8
+    """Download threads of a node's look-ahead, and of each loader process."""
     read_budget_s: float = 60.0
     """Time that may be lost on one object of a store by failed attempts, waits and stalls before the run stops [s]."""
     max_bad_samples: float = 0.001
@@ -50,6 +68,9 @@ class Encoder:
     """Longest caption [tokens]; longer ones are cut and counted."""
     null_prompt: str = "Generate an image."
     """Prompt of the null condition (method 3)."""
+    shard: bool = False
+    """Spread the text encoder and the VAE over all ranks and gather them for each call, instead of a copy on every rank:
+    less GPU memory for more traffic."""
 
 
 @dataclass
@@ -64,7 +85,7 @@ class Guidance:
 @dataclass
 class Optimizer:
     name: str = "adamw"
-    """adamw | adam | radam."""
+    """adamw | adam | radam | adamw8bit (moments of 8 bits, on GPUs only)."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -97,6 +118,10 @@ class Train:
     """Graded rows of one forward and backward pass on one rank."""
     chunk_rows: int | None = None
     """Most rows of one no-grad pass; null: all rows of the accumulation window at once."""
+    non_finite: str = "stop"
+    """stop | skip: what follows where a loss or gradient is not finite. The update is left out on all ranks either way."""
+    max_skips: int = 10
+    """Updates in a row that train.non_finite=skip may leave out before the run stops."""
 
 
 @dataclass
@@ -111,6 +136,12 @@ class Checkpoint:
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
     keep_last: int = 2
     """Newest checkpoints that stay; older ones are removed after the next save."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this stay for ever; 0: none does."""
+    dir: str | None = None
+    """Folder that all ranks share, or s3:// prefix, of this run's checkpoints alone. Default <run.dir>/checkpoints."""
+    endpoint_url: str | None = None
+    """S3 endpoint of checkpoint.dir; null: as data.endpoint_url."""
 
 
 @dataclass
@@ -149,6 +180,17 @@ class Tracking:
     """Steps between logged metrics."""
     held_out_every: int = 0
     """Steps between held-out losses; 0: only at the end."""
+    samples: bool = False
+    """Write own epoch, shard and key of every sample trained on to samples/ in the run's folder, a file per rank."""
+
+
+@dataclass
+class Profile:
+    steps: list[int] = field(default_factory=list)
+    """First and last step that rank 0 profiles, for instance [20, 22]; empty: none. Touching profile_now in the run's
+    folder profiles the next steps of a run that is under way."""
+    memory: bool = False
+    """Record the GPU's allocations during profiled steps, too."""
 
 
 @dataclass
@@ -167,6 +209,11 @@ class Runtime:
     """Longest time for the last step and the save after a request to stop [s]."""
     collective_timeout_s: float = 600.0
     """A collective that waits longer ends the run [s]."""
+    hang_timeout_s: float = 300.0
+    """A rank without progress for this long ends the run with the stacks of all ranks; at most 0.8 of
+    runtime.collective_timeout_s counts [s]."""
+    hang_first_timeout_s: float = 1800.0
+    """The same while a stage is visited for the first time (compilation, cold caches) and while a save is waited for [s]."""
 
 
 @dataclass
@@ -189,4 +236,5 @@ class Config:
     sample: Sample = field(default_factory=Sample)
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
+    profile: Profile = field(default_factory=Profile)
     runtime: Runtime = field(default_factory=Runtime)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 
 class Bucket(NamedTuple):
@@ -15,6 +16,19 @@ class Bucket(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
+
+
+class Sizes(NamedTuple):
+    """What a shard holds: the size of its images, and of the source images of edits."""
+
+    image: Bucket
+    source: Bucket | None = None
+
+    def __str__(self) -> str:
+        return str(self.image) if self.source is None else f"{self.image}-from-{self.source}"
+
+
+_Size = TypeVar("_Size", Bucket, Sizes)
 
 
 def bucket_table(resolution: int, step: int, max_aspect: float) -> tuple[Bucket, ...]:
@@ -37,10 +51,19 @@ def bucket_table(resolution: int, step: int, max_aspect: float) -> tuple[Bucket,
 
 def nearest_bucket(height: float, width: float, table: Iterable[Bucket]) -> Bucket:
     """The bucket whose ratio of sides is nearest to that of an image, on a logarithmic scale."""
-    return min(table, key=lambda bucket: abs(math.log(width * bucket.height / (height * bucket.width))))
+    return min(table, key=lambda bucket: _distance(Bucket(height, width), bucket))  # type: ignore[arg-type]
 
 
-def merge_small(counts: Mapping[Bucket, int], minimum: int) -> dict[Bucket, Bucket]:
+def _distance(a: Bucket | Sizes, b: Bucket | Sizes) -> float:
+    """Between the ratios of sides; of edits the sum over image and source."""
+    if isinstance(a, Bucket) and isinstance(b, Bucket):
+        return abs(math.log(a.width * b.height / (a.height * b.width)))
+    assert isinstance(a, Sizes) and isinstance(b, Sizes), "sizes are compared with sizes"
+    of_sources = 0.0 if a.source is None or b.source is None else _distance(a.source, b.source)
+    return _distance(a.image, b.image) + of_sources
+
+
+def merge_small(counts: Mapping[_Size, int], minimum: int) -> dict[_Size, _Size]:
     """Where the images of each bucket go so that none holds fewer than `minimum`, while there is more than one.
 
     The smallest bucket joins the nearest ratio that is left, until no bucket is too small.
@@ -52,7 +75,7 @@ def merge_small(counts: Mapping[Bucket, int], minimum: int) -> dict[Bucket, Buck
         if left[smallest] >= minimum:
             break
         count = left.pop(smallest)
-        heir = nearest_bucket(*smallest, left)
+        heir = min(left, key=functools.partial(_distance, smallest))
         left[heir] += count
         target = {bucket: heir if now == smallest else now for bucket, now in target.items()}
     return target

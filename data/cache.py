@@ -3,6 +3,9 @@
 A cached file appears by rename and is therefore complete. A fetch holds a file lock, which the kernel drops when its
 holder dies. Its `.part` file has its full size from the start, so that fetches under way count against the ceiling.
 A `.failed` file tells those who waited for the lock why the fetch gave up.
+
+The modification time of a cached file says how much it is wanted: opening sets it to now, whoever knows the files' next
+uses sets it further back the later they are (`stamp`), and the oldest leave first. So what is not known is LRU.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+from data.manifest import Shard
 from data.s3 import BudgetSpentError, DataError, Folder
 
 # Objects share a fixed set of lock files: a lock file may never be removed, and a run sees many shards.
@@ -26,28 +30,49 @@ _LOCKS = 256
 _WAIT_S = 0.05
 
 
-class ShardCache:
-    """Files of remote folders on this node's disk, at most `max_bytes` of them; the longest unused leave first.
+class Object(NamedTuple):
+    """A file of a folder. size: bytes that it has according to the manifest; etag: the one that the store must have;
+    version: what else tells it from an earlier object of the same name, which may still lie in the cache."""
 
-    directory: made on first use, default <temporary folder>/twinflow-cache. Local folders pass straight through.
+    folder: Folder
+    name: str
+    size: int
+    etag: str | None = None
+    version: str = ""
+
+
+def tar_of(shard: Shard, folders: dict[str, Folder]) -> Object:
+    return Object(folders[shard.folder], shard.name, shard.bytes, shard.etag, shard.index_sha256)
+
+
+def index_of(shard: Shard, folders: dict[str, Folder]) -> Object:
+    return Object(folders[shard.folder], shard.index_name, shard.index_bytes, version=shard.index_sha256)
+
+
+class ShardCache:
+    """Files of remote folders on this node's disk, at most `max_bytes` of them; the least wanted leave first.
+
+    directory: made on first use, default <temporary folder>/twinflow-cache; threads: of each process,
+    which fetch parts of the object that somebody waits for, or an object each ahead of its use.
+    Local folders pass straight through.
     """
 
-    def __init__(self, directory: str | None, max_bytes: int) -> None:
+    def __init__(self, directory: str | None, max_bytes: int, threads: int = 1) -> None:
         self.directory = Path(directory or Path(tempfile.gettempdir()) / "twinflow-cache").expanduser().absolute()
-        self.max_bytes = max_bytes
+        self.max_bytes, self.threads = max_bytes, threads
 
     def open(self, folder: Folder, name: str, size: int, *, etag: str | None = None, version: str = "") -> BinaryIO:
-        """The object opened for reading, fetched first where needed. An open file survives its eviction.
+        """The object opened for reading, fetched first where needed (see Object). An open file survives its eviction.
 
-        size: bytes that it has according to the manifest; etag: the one that the store must have; version: what else
-        tells it from an earlier object of the same name, which may still lie in the cache. Raises DataError where the
-        object has another size, cannot be fetched, or does not fit.
+        Raises DataError where the object has another size, cannot be fetched, or does not fit.
         """
-        if local := folder.local_path(name):
-            return _open_local(local, size)
-        path = self._path(folder.identity, name, str(size), etag or "", version)
-        if (file := _open_used(path)) is not None:
+        return self.get(Object(folder, name, size, etag, version))
+
+    def get(self, item: Object) -> BinaryIO:
+        """As `open`."""
+        if (file := self.present(item)) is not None:
             return file
+        path = self.path(item)
         self._make_directory()
         note, began = path.with_suffix(".failed"), time.time()
         with self._lock(self._lock_of(path)):
@@ -55,22 +80,55 @@ class ShardCache:
             if (file := _open_used(path)) is not None:
                 return file
             _raise_noted(note, began)
-            try:
-                return self._fetch(folder, name, size, etag, path)
-            except BudgetSpentError as error:
-                with contextlib.suppress(OSError):  # the note only saves the others' time
-                    note.write_text(str(error), encoding="utf-8")
-                raise
+            self._reserve(path.with_suffix(".part"), item)
+            return self._fetch(item, path, self.threads)
 
-    def _fetch(self, folder: Folder, name: str, size: int, etag: str | None, path: Path) -> BinaryIO:
-        url, partial = folder.url_of(name), path.with_suffix(".part")
+    def present(self, item: Object) -> BinaryIO | None:
+        """The object opened for reading where it lies on this machine already, else None."""
+        if local := item.folder.local_path(item.name):
+            return _open_local(local, item.size)
+        return _open_used(self.path(item))
+
+    def holds(self, item: Object) -> bool:
+        """Whether `open` would find the object on this machine."""
+        return item.folder.local_path(item.name) is not None or self.path(item).exists()
+
+    def fetch(self, item: Object, wanted_ns: int, spare_ns: int) -> bool:
+        """Fetch an object ahead of its use; False where only files stamped later than spare_ns could make room.
+
+        wanted_ns: its stamp. Raises DataError as `open` does.
+        """
+        self._make_directory()
+        path = self.path(item)
+        with self._lock(self._lock_of(path)):
+            if path.exists():
+                return True
+            if not self._reserve(path.with_suffix(".part"), item, spare_ns):
+                return False
+            self._fetch(item, path, threads=1).close()
+            stamp(path, wanted_ns)
+            return True
+
+    def files(self) -> set[str]:
+        """Names of the complete files in the cache's directory."""
+        with contextlib.suppress(FileNotFoundError):
+            return {entry.name for entry in os.scandir(self.directory) if entry.name.endswith(".object")}
+        return set()
+
+    def path(self, item: Object) -> Path:
+        """Where the object lies while it is cached."""
+        identity = (item.folder.identity, item.name, str(item.size), item.etag or "", item.version)
+        return self.directory / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:40]}.object"
+
+    def _fetch(self, item: Object, path: Path, threads: int) -> BinaryIO:
+        """Fill the file that `_reserve` made and publish it; the caller holds its lock."""
+        url, partial = item.folder.url_of(item.name), path.with_suffix(".part")
         try:
-            self._reserve(partial, size, url)
             with open(partial, "r+b") as target:
-                received = folder.download(name, target, etag)
-            if received != size:
+                received = item.folder.download(item.name, target, item.etag, item.size, threads)
+            if received != item.size:
                 raise DataError(
-                    f"{url}: {received} bytes where the manifest says {size}; upload the shard again or write the "
+                    f"{url}: {received} bytes where the manifest says {item.size}; upload the shard again or write the "
                     "manifest again"
                 )
             file = open(partial, "rb")  # noqa: SIM115 (the caller closes it)
@@ -78,30 +136,40 @@ class ShardCache:
             path.with_suffix(".failed").unlink(missing_ok=True)
             return file
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            remedy = "free space, lower data.cache_gb or set data.cache_dir to another disk" if full else "check it"
-            raise DataError(f"{self.directory}: cannot cache {url}: {error.strerror or error}; {remedy}") from error
+            raise self._cannot_cache(url, error) from error
+        except BudgetSpentError as error:
+            with contextlib.suppress(OSError):  # the note only saves the others' time
+                path.with_suffix(".failed").write_text(str(error), encoding="utf-8")
+            raise
         finally:
             partial.unlink(missing_ok=True)
 
-    def _reserve(self, partial: Path, size: int, url: str) -> None:
-        """Make `partial` with its final size, evicting what is needed for it."""
-        if size > self.max_bytes:
+    def _reserve(self, partial: Path, item: Object, spare_ns: int | None = None) -> bool:
+        """Make `partial` with its final size, evicting what is needed for it. spare_ns: False at once where files
+        stamped later would have to leave."""
+        url = item.folder.url_of(item.name)
+        if item.size > self.max_bytes:
             raise DataError(
-                f"{url}: its {size} bytes exceed the shard cache of {self.max_bytes} bytes; raise data.cache_gb"
+                f"{url}: its {item.size} bytes exceed the shard cache of {self.max_bytes} bytes; raise data.cache_gb"
             )
-        partial.unlink(missing_ok=True)  # left by a process that died: this one holds its lock now
-        while True:
-            with self._lock("space"):
-                if self._evict(self.max_bytes - size):
-                    with open(partial, "wb") as file:
-                        file.truncate(size)
-                    return
-            # Only fetches under way fill the cache; none of their holders waits for this process.
-            time.sleep(_WAIT_S)
+        try:
+            partial.unlink(missing_ok=True)  # left by a process that died: this one holds its lock now
+            while True:
+                with self._lock("space"):
+                    if self._evict(self.max_bytes - item.size, spare_ns):
+                        with open(partial, "wb") as file:
+                            file.truncate(item.size)
+                        return True
+                if spare_ns is not None:
+                    return False
+                # Only fetches under way fill the cache; none of their holders waits for this process.
+                time.sleep(_WAIT_S)
+        except OSError as error:
+            raise self._cannot_cache(url, error) from error
 
-    def _evict(self, limit: int) -> bool:
-        """Remove the longest unused files until at most `limit` bytes are left; whether that was possible."""
+    def _evict(self, limit: int, spare_ns: int | None = None) -> bool:
+        """Remove the least wanted files until at most `limit` bytes are left; whether that was possible. spare_ns:
+        files stamped later stay, and nothing is removed where that does not do."""
         files = []
         for entry in os.scandir(self.directory):
             if entry.name.endswith(".part") and self._abandoned(Path(entry.path)):
@@ -113,8 +181,11 @@ class ShardCache:
                     continue
                 files.append((status.st_mtime_ns, status.st_size, entry.path))
         used = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if used > limit and path.endswith(".object"):
+        leaving = [f for f in sorted(files) if f[2].endswith(".object") and (spare_ns is None or f[0] <= spare_ns)]
+        if spare_ns is not None and used - sum(size for _, size, _ in leaving) > limit:
+            return False
+        for _, size, path in leaving:
+            if used > limit:
                 Path(path).unlink(missing_ok=True)
                 used -= size
         return used <= limit
@@ -128,9 +199,6 @@ class ShardCache:
                 return False
             return True
 
-    def _path(self, *identity: str) -> Path:
-        return self.directory / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:40]}.object"
-
     def _lock_of(self, path: Path) -> str:
         return f"{int(path.name[:8], 16) % _LOCKS:02x}"
 
@@ -140,6 +208,11 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def _cannot_cache(self, url: str, error: OSError) -> DataError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space, lower data.cache_gb or set data.cache_dir to another disk" if full else "check it"
+        return DataError(f"{self.directory}: cannot cache {url}: {error.strerror or error}; {remedy}")
+
     def _make_directory(self) -> None:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -148,6 +221,12 @@ class ShardCache:
                 raise DataError(f"{self.directory}: belongs to another user; set data.cache_dir to a folder of yours")
         except OSError as error:
             raise DataError(f"{self.directory}: {error.strerror or error}; set data.cache_dir") from error
+
+
+def stamp(path: Path, wanted_ns: int) -> None:
+    """Set how much a cached file is wanted; nothing where it has left."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path, ns=(wanted_ns, wanted_ns))
 
 
 def _open_used(path: Path) -> BinaryIO | None:

@@ -135,21 +135,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.shard_size < 1 or options.size < 1:
         parser.error("--shard-size and --size are at least 1")
-    remote = "://" in options.dest
-    destination = options.dest.rstrip("/") if remote else Path(options.dest).expanduser().absolute()
+    place = options.dest.rstrip("/") if "://" in options.dest else str(Path(options.dest).expanduser().absolute())
     try:
-        if remote:
-            upload_digits(destination, options.endpoint_url, options.shard_size, options.size)
-        elif finished(destination, options.size):
-            print(f"{destination} is finished already: nothing to do")
+        if "://" in place:
+            upload_digits(place, options.endpoint_url, options.shard_size, options.size)
+        elif finished(Path(place), options.size):
+            print(f"{place} is finished already: nothing to do")
             return 0
         else:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            write_digits(destination, options.shard_size, options.size)
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            write_digits(Path(place), options.shard_size, options.size)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {destination}/train/{MANIFEST} and {destination}/heldout/{MANIFEST}")
+    print(f"wrote {place}/train/{MANIFEST} and {place}/heldout/{MANIFEST}")
     return 0
 
 

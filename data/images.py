@@ -6,6 +6,8 @@ import io
 import warnings
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from data.buckets import Bucket
@@ -85,6 +87,27 @@ def encode_image(body: bytes, bucket: Bucket, encoding: Encoding) -> tuple[str, 
         raise
     except Exception as error:
         raise _undecodable(error) from error
+
+
+def fitted_pixels(body: bytes, bucket: Bucket, channels: int) -> npt.NDArray[np.float32]:
+    """Pixels [channels, H, W] in [-1, 1] of the same image before it is encoded. Raises as encode_image does."""
+    try:
+        with _open(body) as image:
+            turn = _orientation(image)
+            image.load()
+            upright = _upright(image, "L" if channels == 1 else "RGB", turn)
+            return to_pixels(upright if (upright.height, upright.width) == bucket else _fitted(upright, bucket))
+    except DataError:
+        raise
+    except Exception as error:
+        raise _undecodable(error) from error
+
+
+def to_pixels(image: Image.Image) -> npt.NDArray[np.float32]:
+    """A grey or RGB image as [C, H, W] float32 in [-1, 1]."""
+    array = np.asarray(image, dtype=np.float32)
+    array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return np.ascontiguousarray(array / np.float32(127.5) - np.float32(1))
 
 
 def _open(body: bytes) -> Image.Image:

@@ -1,7 +1,7 @@
 """The index of a shard: where in the tar every member of every sample lies.
 
 <shard>.idx     {"format": "twinflow-index", "version": 1, "shard": ..., "bytes", "sha256" of the tar,
-                 "bucket": [height, width], "extensions": ["json", "png", ...], "keys": [...],
+                 "bucket": [height, width] (edits: also "source_bucket"), "extensions": ["json", "png", ...], "keys": [...],
                  "spans": [per sample [per extension [offset, bytes] or null]]}
 """
 
@@ -78,16 +78,18 @@ def write_index(
     bucket: Bucket,
     etag: str | None = None,
     tar: Path | None = None,
+    source_bucket: Bucket | None = None,
 ) -> Shard:
     """Write <shard>.idx into `folder` and return the shard's entry for the manifest. tar: default folder/name."""
     spans = [[span if span[0] >= 0 else None for span in sample] for sample in index.spans.tolist()]
     with open(tar or folder / name, "rb") as file:
         size, content = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
     document = {"format": "twinflow-index", "version": VERSION, "shard": name, "bytes": size, "sha256": content}
-    document |= {"bucket": list(bucket), "extensions": list(index.extensions), "keys": list(index.keys), "spans": spans}
+    document |= {"bucket": list(bucket)} | ({"source_bucket": list(source_bucket)} if source_bucket else {})
+    document |= {"extensions": list(index.extensions), "keys": list(index.keys), "spans": spans}
     body = json.dumps(document, separators=(",", ":")).encode()
     digest = hashlib.sha256(body).hexdigest()
-    shard = Shard(str(folder), source, name, size, etag, len(index.keys), bucket, len(body), digest)
+    shard = Shard(str(folder), source, name, size, etag, len(index.keys), bucket, len(body), digest, source_bucket)
     (folder / shard.index_name).parent.mkdir(parents=True, exist_ok=True)
     (folder / shard.index_name).write_bytes(body)
     return shard
@@ -99,6 +101,7 @@ def known_shard(body: bytes, name: str, source: str, size: int, etag: str | None
     try:
         document = load_document(body, "twinflow-index", where)
         bucket, keys = required(document, "bucket", list, where), required(document, "keys", list, where)
+        of_source = document.get("source_bucket")
         shard = Shard(
             folder=folder,
             source=source,
@@ -109,6 +112,7 @@ def known_shard(body: bytes, name: str, source: str, size: int, etag: str | None
             bucket=Bucket(*(int(side) for side in bucket)),
             index_bytes=len(body),
             index_sha256=hashlib.sha256(body).hexdigest(),
+            source_bucket=None if of_source is None else Bucket(*(int(side) for side in of_source)),
         )
         parse_index(body, shard)
     except (DataError, ValueError, TypeError):

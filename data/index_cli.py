@@ -1,7 +1,9 @@
 """python -m data.index_cli DEST: manifest and indexes for the WebDataset tars in a folder or s3:// prefix.
 
-Every tar holds images of one size, which becomes its bucket; mixed sizes need `twinflow data pack`. Indexes that are
-newer than their tar stay, so that the same command goes on where it was stopped.
+Every tar holds images of one size, which becomes its bucket; mixed sizes need `twinflow data pack`. With --kind edits
+the source images (<key>.source.png) of a tar have one size as well; with --kind captions there are no images, and
+--resolution says how large those are that shall be generated. Indexes that are newer than their tar stay, so that the
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from data.buckets import Bucket
+from data.buckets import Bucket, Sizes
+from data.contents import KINDS, Contents
 from data.images import stored_size
 from data.index import Index, index_tar, known_shard, write_index
-from data.manifest import CHANNELS, MANIFEST, Shard, write_manifest
+from data.manifest import CHANNELS, MANIFEST, Shard, encoded_of, load_document, write_manifest
 from data.pack import PACK
 from data.pool import Pool, tick
 from data.s3 import DataError, LocalFolder
@@ -28,6 +31,7 @@ from data.sources import MAX_FILE, Span
 from data.store import Store, Stored, open_store, sole_writer
 
 _HEADER = 1 << 18
+_NOUNS = {"images": "image", "captions": "sample", "edits": "pair of images"}
 
 
 class Task(NamedTuple):
@@ -35,11 +39,17 @@ class Task(NamedTuple):
     stored: Stored
     store: Store
     source: str
+    kind: str
+    resolution: int
 
 
-def index_folder(store: Store, source: str, channels: int, workers: int = 0) -> tuple[list[Shard], Counter[str]]:
+def index_folder(
+    store: Store, source: str, contents: Contents, workers: int = 0, resolution: int = 512
+) -> tuple[list[Shard], Counter[str]]:
     """Index the tars that have no index yet and write the manifest, which appears last.
 
+    contents: of the tars; a manifest of precomputed samples keeps what it says. resolution: side of the images that
+    captions alone shall become [pixels].
     Returns the shards, and why and how often samples were left out of an index. Raises DataError where there is no tar,
     or one of them is broken, holds pickles, or images of several sizes.
     """
@@ -50,15 +60,39 @@ def index_folder(store: Store, source: str, channels: int, workers: int = 0) -> 
         tars = sorted(name for name in files if name.endswith(".tar"))
         if not tars:
             raise DataError(f"{store.url}: no .tar files; `twinflow data pack` makes them from images")
-        shards = {name: shard for name in tars if (shard := _earlier(store, name, source, files)) is not None}
-        tasks = [Task(name, files[name], store, source) for name in tars if name not in shards]
+        earlier = {name: shard for name in tars if (shard := _earlier(store, name, source, files)) is not None}
+        shards = {name: shard for name, shard in earlier.items() if _suits(shard, contents.kind, resolution)}
+        tasks = [
+            Task(name, files[name], store, source, contents.kind, resolution) for name in tars if name not in shards
+        ]
+        if MANIFEST in files:
+            contents = _kept(store, contents, bool(tasks))
         left_out: Counter[str] = Counter()
         for number, (shard, reasons) in pool.each(index_shard, tasks, "indexing", 0):
             shards[tasks[number].name] = shard
             left_out += reasons
-        write_manifest(store.scratch(), source, channels, [shards[name] for name in tars])
+        listed = [shards[name] for name in tars]
+        write_manifest(store.scratch(), source, contents.channels, listed, contents.kind, contents.encoded)
         store.publish(store.scratch() / MANIFEST, MANIFEST)
         return [shards[name] for name in tars], left_out
+
+
+def _suits(shard: Shard, kind: str, resolution: int) -> bool:
+    """Whether an index that is there was made for this kind of samples."""
+    if kind == "captions" and shard.bucket != Bucket(resolution, resolution):
+        return False
+    return (shard.source_bucket is not None) == (kind == "edits")
+
+
+def _kept(store: Store, contents: Contents, work: bool) -> Contents:
+    """What the manifest that is there says of precomputed samples, which no tar shows."""
+    entry = load_document(store.read(MANIFEST), "twinflow-manifest", store.url_of(MANIFEST))
+    encoded = encoded_of(entry.get("encoded"), store.url_of(MANIFEST))
+    if encoded is None:
+        return contents
+    if work:
+        raise DataError(f"{store.url}: holds precomputed samples; `data pack --precompute` makes their indexes")
+    return Contents(str(entry.get("kind", contents.kind)), int(entry.get("channels", contents.channels)), encoded)
 
 
 def _earlier(store: Store, name: str, source: str, files: dict[str, Stored]) -> Shard | None:
@@ -71,7 +105,7 @@ def _earlier(store: Store, name: str, source: str, files: dict[str, Stored]) -> 
 
 def index_shard(task: Task) -> tuple[Shard, Counter[str]]:
     """Index one tar and publish its index; samples without image or caption are left out and counted by reason."""
-    name, stored, store, source = task
+    name, stored, store, source, kind, resolution = task
     scratch, url = store.scratch(), store.url_of(name)
     tar = store.local_path(name)
     if remote := tar is None:
@@ -80,22 +114,22 @@ def index_shard(task: Task) -> tuple[Shard, Counter[str]]:
         with open(tar, "wb") as file:
             store.download(name, file, stored.etag)
     assert tar is not None
-    index, bucket, left_out = _examined(index_tar(tar, url), tar, url)
-    shard = write_index(scratch, name, index, source, bucket, stored.etag, tar)
+    index, sizes, left_out = _examined(index_tar(tar, url), tar, url, kind, resolution)
+    shard = write_index(scratch, name, index, source, sizes.image, stored.etag, tar, sizes.source)
     store.publish(scratch / shard.index_name, shard.index_name)
     if remote:
         tar.unlink()
     return shard, left_out
 
 
-def _examined(index: Index, tar: Path, url: str) -> tuple[Index, Bucket, Counter[str]]:
+def _examined(index: Index, tar: Path, url: str, kind: str, resolution: int) -> tuple[Index, Sizes, Counter[str]]:
     """The samples that can be trained on, their one size, and why others cannot."""
-    sizes: dict[tuple[int, int], str] = {}
+    sizes: dict[Sizes, str] = {}
     kept, left_out = [], Counter[str]()
     for number, key in enumerate(index.keys):
         tick()
         try:
-            size = _size(index.members(number), tar)
+            size = _sizes(index.members(number), tar, kind, resolution)
         except DataError as error:
             left_out[str(error)] += 1
             continue
@@ -104,26 +138,36 @@ def _examined(index: Index, tar: Path, url: str) -> tuple[Index, Bucket, Counter
         if len(sizes) > 1:
             (a, first), (b, second) = sizes.items()
             raise DataError(
-                f"{url}: sample {first} has {a[0]}x{a[1]} pixels and {second} has {b[0]}x{b[1]}; a shard holds one "
-                "size: `twinflow data pack` sorts and crops them"
+                f"{url}: sample {first} has {a} pixels and {second} has {b}; a shard holds one size: `twinflow data "
+                "pack` sorts and crops them"
             )
     if not kept:
-        raise DataError(f"{url}: holds no image with a caption ({dict(left_out)}); remove it, or write it again")
+        raise DataError(
+            f"{url}: holds no {_NOUNS[kind]} with a caption ({dict(left_out)}); remove it, or write it again"
+        )
     keys = tuple(index.keys[number] for number in kept)
-    return replace(index, keys=keys, spans=index.spans[kept]), Bucket(*next(iter(sizes))), left_out
+    return replace(index, keys=keys, spans=index.spans[kept]), next(iter(sizes)), left_out
 
 
-def _size(members: dict[str, tuple[int, int]], tar: Path) -> tuple[int, int]:
-    image = next((kind for kind in IMAGES if kind in members), None)
-    if image is None:
-        raise DataError(f"no image (one of {', '.join(IMAGES)})")
+def _sizes(members: dict[str, tuple[int, int]], tar: Path, kind: str, resolution: int) -> Sizes:
+    if kind == "captions":
+        sizes = Sizes(Bucket(resolution, resolution))
+    else:
+        sizes = Sizes(_size(members, tar, ""), _size(members, tar, "source.") if kind == "edits" else None)
     if "txt" not in members and "json" not in members:
         raise DataError("no caption (.txt or .json)")
+    return sizes
+
+
+def _size(members: dict[str, tuple[int, int]], tar: Path, prefix: str) -> Bucket:
+    image = next((prefix + suffix for suffix in IMAGES if prefix + suffix in members), None)
+    if image is None:
+        raise DataError(f"no {'source ' if prefix else ''}image (one of {', '.join(prefix + i for i in IMAGES)})")
     span = Span(str(tar), *members[image])
     try:
-        return stored_size(span.read(MAX_FILE, most=_HEADER))
+        return Bucket(*stored_size(span.read(MAX_FILE, most=_HEADER)))
     except DataError:
-        return stored_size(span.read(MAX_FILE))
+        return Bucket(*stored_size(span.read(MAX_FILE)))
 
 
 def _index_name(name: str) -> str:
@@ -138,6 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dest", help="folder or s3:// prefix that holds the tars")
     parser.add_argument("--name", help="name of the data set, default that of DEST")
     parser.add_argument("--channels", type=int, choices=CHANNELS, default=3, help="1 grey, 3 RGB (%(default)s)")
+    parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="what the tars hold (%(default)s)")
+    parser.add_argument("--resolution", type=int, default=512, help="of captions alone [pixels] (%(default)s)")
     workers = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=workers, help="processes; 0 none but this (%(default)s)")
     parser.add_argument("--endpoint-url", help="S3 endpoint of stores other than AWS")
@@ -147,7 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(store, LocalFolder) and not store.path.is_dir():
             raise DataError(f"{store.url}: no such folder")
         name = re.sub(r"[^\w-]", "_", given.name or store.url.rsplit("/", 1)[-1], flags=re.ASCII) or "images"
-        shards, left_out = index_folder(store, name, given.channels, max(0, given.workers))
+        contents = Contents(given.kind, given.channels)
+        shards, left_out = index_folder(store, name, contents, max(0, given.workers), given.resolution)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,30 +1,27 @@
-"""From global step to Batch: references of the order -> open shards -> decoded samples -> one rank's rows."""
+"""From global step to Batch: loader processes read and decode (data/steps.py), one process a node looks ahead."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from data.batch import Batch, Replacement
+from data.ahead import LookAhead
+from data.batch import Batch
 from data.cache import ShardCache
-from data.index import Index, parse_index
 from data.manifest import Manifest, Shard
 from data.order import Order
+from data.reach import Reach, reach
 from data.s3 import READ_BUDGET_S, DataError, Folder, open_folder
-from data.samples import Sample, SampleError, read_sample
-from data.workers import Progress, obey, worker_context
+from data.steps import Failure, RawBatch, Read, Steps
+from data.workers import Companion, Progress, obey, worker_context
 
 log = logging.getLogger(__name__)
 
-_INDEXES = 512
 _PATIENCE_S = 2.0
 
 
@@ -32,13 +29,18 @@ class Loader:
     """Batches of this rank for global steps start_step .. steps - 1, in order; nothing about position is saved.
 
     rank, world_size: data-parallel position; the rank's rows are a contiguous part of the global batch.
-    workers: loader processes (0: decode here); prefetch: batches that each prepares ahead; cache_dir, cache_gb: shard
-    cache of the node for s3:// data; endpoint_url: S3 endpoint of stores other than AWS; read_budget_s: time that may be
-    lost on one object before it is given up.
-    Raises ValueError where world_size does not divide the global batch, DataError where a shard or index is missing
-    or has another size than the manifest says; iteration raises DataError for data that cannot be read.
+    local_world_size: ranks of this node, which share its cache and look-ahead; their numbers follow each other.
+    workers: loader processes (0: decode here, with no look-ahead); prefetch, prefetch_gb: batches that each prepares
+    ahead, and the bytes that all of them may hold [GB]; cache_dir, cache_gb: shard cache of the node for s3:// data;
+    fetch_threads: that download for the node, or for each loader process where members are read by ranges;
+    endpoint_url: S3 endpoint of stores other than AWS; read_budget_s: time that may be lost on one object before it is
+    given up; flip: mirror images, as drawn for each sample in each own epoch.
+    Raises ValueError where world_size does not divide the global batch or a batch exceeds prefetch_gb, DataError where
+    a shard or index is missing or has another size than the manifest says; iteration raises DataError for data that
+    cannot be read.
 
-    last_wait_s, total_wait_s: seconds that the caller waited for the last batch, and for all of them.
+    last_wait_s, total_wait_s: seconds that the caller waited for the last batch, and for all of them. reach: what this
+    node reads of remote data and how.
     """
 
     def __init__(
@@ -50,12 +52,16 @@ class Loader:
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        local_world_size: int = 1,
         workers: int = 0,
         prefetch: int = 2,
+        prefetch_gb: float = 4.0,
+        fetch_threads: int = 8,
         cache_dir: str | None = None,
         cache_gb: float = 50.0,
         endpoint_url: str | None = None,
         read_budget_s: float = READ_BUDGET_S,
+        flip: bool = False,
     ) -> None:
         if order.manifest_digest != manifest.digest:
             raise ValueError("the order was made from another manifest than the loader reads")
@@ -72,13 +78,22 @@ class Loader:
             if rank == 0 or folder.local_path("") is not None:
                 _check_present(folder, [shard for shard in manifest.shards if folder is folders[shard.folder]])
         self.steps = range(start_step, steps)
-        self.workers, self.prefetch = workers, prefetch
+        self.workers = workers
+        self.prefetch = _prefetch(manifest, order.global_batch_size // world_size, workers, prefetch, prefetch_gb)
         self.last_wait_s = self.total_wait_s = 0.0
-        cache = ShardCache(cache_dir, int(cache_gb * 1e9))
-        self._dataset = _Steps(order, manifest, folders, cache, rank, world_size)
+        cache = ShardCache(cache_dir, int(cache_gb * 1e9), fetch_threads)
+        remote = {url for url, folder in folders.items() if folder.local_path("") is None}
+        node, self._leads = divmod(rank, local_world_size)[0], rank % local_world_size == 0
+        of_node = order.global_batch_size // world_size * local_world_size
+        rows = range(node * of_node, min((node + 1) * of_node, order.global_batch_size))
+        self.reach: Reach = reach(order, manifest, remote, rows, self.steps, cache.max_bytes)
+        self._dataset = Steps(order, manifest, folders, cache, rank, world_size, flip, self.reach.ranged)
         if rank == 0:
-            remote = any(folder.local_path("") is None for folder in folders.values())
-            _report_lanes(order, manifest, cache.max_bytes if remote else None)
+            for stream, lanes in zip(order.streams, order.lanes, strict=True):
+                shards = len(stream.shards)
+                log.info("stream %s: %d samples in %d shards, %d lanes", stream.name, stream.total, shards, lanes)
+        if remote and self._leads:
+            log.info("%s", self.reach)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -86,7 +101,14 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Start the loader processes. Iteration raises DataError naming step and shard where data cannot be read or a
         loader process dies."""
-        progress: Progress | None = None
+        return self._start(None)
+
+    def raw(self, read: Read) -> Iterator[RawBatch]:
+        """The same rows without decoding: `read` makes of each what a RawBatch then holds, in the loader process."""
+        return self._start(read)
+
+    def _start(self, read: Read | None) -> Iterator[Any]:
+        progress, look_ahead = None, None
         options: dict[str, Any] = {}
         if self.workers:
             context = worker_context()
@@ -96,7 +118,8 @@ class Loader:
                 "prefetch_factor": self.prefetch,
                 "worker_init_fn": obey,
             }
-        self._dataset.progress = progress
+            look_ahead = self._look_ahead(context)
+        self._dataset.progress, self._dataset.read = progress, read
         loader = DataLoader(
             self._dataset,
             sampler=self.steps,
@@ -105,9 +128,19 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-        return self._batches(iter(loader), progress)
+        return self._batches(iter(loader), progress, look_ahead)
 
-    def _batches(self, batches: Iterator[Batch | _Failure], progress: Progress | None) -> Iterator[Batch]:
+    def _look_ahead(self, context: Any) -> Companion | None:
+        """The process that fetches shards for this node; None where another rank has it or whole shards are not used."""
+        if not self._leads or not self.reach.touched or self.reach.ranged or not self.steps:
+            return None
+        data = self._dataset
+        work = LookAhead(data.order, data.manifest, data.folders, data.cache, self.reach, self.steps)
+        return Companion(context, work.run, self.steps.start)
+
+    def _batches(
+        self, batches: Iterator[Any], progress: Progress | None, look_ahead: Companion | None
+    ) -> Iterator[Batch | RawBatch]:
         try:
             for step in self.steps:
                 began = time.perf_counter()
@@ -117,15 +150,20 @@ class Loader:
                     raise self._explained(error, progress, step) from error
                 self.last_wait_s = time.perf_counter() - began
                 self.total_wait_s += self.last_wait_s
-                if isinstance(batch, _Failure):
+                if isinstance(batch, Failure):
                     raise DataError(batch.message)
-                for bad in batch.replaced:
+                if look_ahead is not None and not look_ahead.tell(step):
+                    log.warning("the look-ahead process died; shards are fetched when they are needed")
+                    look_ahead = None
+                for bad in batch.replaced if isinstance(batch, Batch) else ():
                     place = f"step {step}, row {bad.row}, byte {bad.offset} of the shard"
                     log.warning("%s (%s); sample %s stands in", bad.reason, place, bad.stand_in)
                 yield batch
         finally:
             # A traceback may hold this frame for long; the loader processes end now.
             del batches
+            if look_ahead is not None:
+                look_ahead.end()
 
     def _explained(self, error: Exception, progress: Progress | None, step: int) -> Exception:
         """The error itself, or what a loader process that died was doing."""
@@ -141,103 +179,6 @@ class Loader:
             f"({'; '.join(said) or 'before its first sample'}); most often the machine ran out of memory: "
             "lower data.workers or data.prefetch, and look at the kernel's log (dmesg)"
         )
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A data error on its way out of a loader process, where an exception would arrive as a traceback in a text."""
-
-    message: str
-
-
-class _Steps(Dataset[Any]):
-    """Item s is this rank's Batch of global step s."""
-
-    def __init__(
-        self,
-        order: Order,
-        manifest: Manifest,
-        folders: dict[str, Folder],
-        cache: ShardCache,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.order, self.manifest, self.folders, self.cache, self.rank = order, manifest, folders, cache, rank
-        rows = order.global_batch_size // world_size
-        self.rows = range(rank * rows, (rank + 1) * rows)
-        self.progress: Progress | None = None
-        self._indexes: OrderedDict[int, Index] = OrderedDict()
-
-    def __getitem__(self, step: int) -> Batch | _Failure:
-        try:
-            return self._batch(step)
-        except DataError as error:
-            return _Failure(f"rank {self.rank}, step {step}: {error}")
-
-    def _batch(self, step: int) -> Batch:
-        references = self.order.step(step, self.rows)
-        samples: list[Sample | None] = [None] * len(self.rows)
-        replaced: list[Replacement] = []
-        for number in np.unique(references.shard).tolist():
-            self._note(step, number)
-            rows = np.flatnonzero(references.shard == number).tolist()
-            wanted = references.index[rows].tolist()
-            for row, (sample, bad) in zip(rows, self._samples(number, wanted), strict=True):
-                samples[row] = sample
-                replaced += [bad._replace(row=self.rows[row])] if bad else []
-        found = [sample for sample in samples if sample is not None]
-        assert len(found) == len(self.rows)
-        shards = [self.manifest.shards[number] for number in references.shard.tolist()]
-        return Batch(
-            step=step,
-            bucket=tuple(shards[0].bucket),
-            rows=torch.arange(self.rows.start, self.rows.stop),
-            pixels=torch.from_numpy(np.stack([sample.pixels for sample in found])),
-            captions=tuple(sample.caption for sample in found),
-            keys=tuple(sample.key for sample in found),
-            shards=tuple(shard.name for shard in shards),
-            own_epochs=tuple(references.own_epoch.tolist()),
-            replaced=tuple(sorted(replaced)),
-        )
-
-    def _samples(self, number: int, indices: list[int]) -> Iterator[tuple[Sample, Replacement | None]]:
-        shard, index = self.manifest.shards[number], self._index(number)
-        folder, version = self.folders[shard.folder], shard.index_sha256
-        with self.cache.open(folder, shard.name, shard.bytes, etag=shard.etag, version=version) as file:
-            for i in indices:
-                yield _decodable(file.fileno(), shard, index, i, self.manifest.channels)
-
-    def _index(self, number: int) -> Index:
-        if number in self._indexes:
-            self._indexes.move_to_end(number)
-            return self._indexes[number]
-        shard = self.manifest.shards[number]
-        folder = self.folders[shard.folder]
-        with self.cache.open(folder, shard.index_name, shard.index_bytes, version=shard.index_sha256) as file:
-            self._indexes[number] = parse_index(file.read(), shard)
-        if len(self._indexes) > _INDEXES:
-            self._indexes.popitem(last=False)
-        return self._indexes[number]
-
-    def _note(self, step: int, shard: int) -> None:
-        if (worker := get_worker_info()) is not None and self.progress is not None:
-            self.progress.note(worker.id, step, shard)
-
-
-def _decodable(file: int, shard: Shard, index: Index, wanted: int, channels: int) -> tuple[Sample, Replacement | None]:
-    """Sample `wanted` or the next one of its shard that can be decoded, wrapping: a function of the shard alone."""
-    failure: SampleError | None = None
-    for number in [*range(wanted, shard.samples), *range(wanted)]:
-        try:
-            sample = read_sample(file, shard, index, number, channels)
-        except SampleError as error:
-            failure = failure or error
-            continue
-        if failure is None:
-            return sample, None
-        key, offset = index.keys[wanted], min((o for o, _ in index.members(wanted).values()), default=0)
-        return sample, Replacement(0, shard.name, key, offset, sample.key, str(failure))
-    raise DataError(f"none of the {shard.samples} samples of {shard.url} can be decoded; the first tried: {failure}")
 
 
 def _check_present(folder: Folder, shards: list[Shard]) -> None:
@@ -257,16 +198,24 @@ def _check_present(folder: Folder, shards: list[Shard]) -> None:
         )
 
 
-def _report_lanes(order: Order, manifest: Manifest, cache_bytes: int | None) -> None:
-    """Log what is read side by side; cache_bytes: ceiling of the shard cache where the data needs it."""
-    live = 0
-    for stream, lanes in zip(order.streams, order.lanes, strict=True):
-        log.info("stream %s: %d samples in %d shards, %d lanes", stream.name, stream.total, len(stream.shards), lanes)
-        live += lanes * max(manifest.shards[n].bytes for n in stream.shards.tolist())
-    if cache_bytes is not None and live > cache_bytes:
-        log.warning(
-            "up to %.1f GB of shards are read side by side but the shard cache holds %.1f GB, so that shards may be "
-            "fetched again; raise data.cache_gb or lower data.lanes",
-            live / 1e9,
-            cache_bytes / 1e9,
+def _prefetch(manifest: Manifest, rows: int, workers: int, most: int, gigabytes: float) -> int:
+    """Batches that each loader process may hold ready: at most `most`, and all of them at most `gigabytes`."""
+    batch = _batch_bytes(manifest, rows)
+    if workers and workers * batch > gigabytes * 1e9:
+        raise ValueError(
+            f"{workers} loader processes with a batch of {batch / 1e9:.3g} GB each exceed "
+            f"data.prefetch_gb={gigabytes:g}; raise it, or lower data.workers"
         )
+    return max(1, min(most, int(gigabytes * 1e9 / (workers * batch)))) if workers else most
+
+
+def _batch_bytes(manifest: Manifest, rows: int) -> int:
+    """Bytes of the largest batch of `rows` samples: float32 pixels, or what is stored in their place."""
+    largest = 0
+    for shard in manifest.shards:
+        pixels = 0
+        if manifest.encoded is None and manifest.contents.has_targets:
+            sides = (shard.bucket, shard.source_bucket) if shard.source_bucket else (shard.bucket,)
+            pixels = sum(4 * manifest.channels * height * width for height, width in sides)
+        largest = max(largest, pixels or shard.bytes // shard.samples)
+    return rows * largest

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.permutation import Integers, Words, keys, permute, uniform, word
+from data.permutation import Floats, Integers, Words, keys, permute, uniform, word
 
 _SHARDS, _SAMPLES, _DRAW = word("shards"), word("samples"), word("draw")
 _MOST_LANES = 64
@@ -34,17 +34,20 @@ _TABLE_BYTES = 32 << 20
 @dataclass(frozen=True, eq=False)
 class Stream:
     """The samples of one source in one bucket. weight: times that they count in an epoch of the run;
-    shards: their numbers in the manifest, samples: the sample count of each, int64 [S]."""
+    shards: their numbers in the manifest, samples: the sample count of each, int64 [S]; source_bucket: of edits, size of
+    the source images."""
 
     source: str
     bucket: tuple[int, int]
     weight: Fraction
     shards: Integers
     samples: Integers
+    source_bucket: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.source}/{self.bucket[0]}x{self.bucket[1]}"
+        sizes = [f"{size[0]}x{size[1]}" for size in (self.bucket, self.source_bucket) if size is not None]
+        return f"{self.source}/{'-from-'.join(sizes)}"
 
     @property
     def total(self) -> int:
@@ -74,6 +77,20 @@ class References:
     own_epoch: Integers
     shard: Integers
     index: Integers
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """What lanes read of shards in one epoch of the run, one entry for every (lane, shard), by first step.
+
+    shard: number in the manifest; first, last: steps that hold all steps of the visit; share: part of the shard's
+    samples that the asked rows read in it, in (0, 1].
+    """
+
+    shard: Integers
+    first: Integers
+    last: Integers
+    share: Floats
 
 
 class Order:
@@ -115,6 +132,8 @@ class Order:
     def step(self, step: int, rows: range | None = None) -> References:
         """References of the rows of global step `step` (all of them, or only `rows`), in row order."""
         epoch, number, batch, batches = self._draw(step)
+        if not self._tables:
+            self._make_tables(epoch)
         size, width = self.global_batch_size, self.global_batch_size // self.lanes[number]
         row = np.arange(size) if rows is None else np.asarray(rows, dtype=np.int64)
         start = self._batches(number, epoch) * size
@@ -138,6 +157,41 @@ class Order:
     def steps_through(self, epoch: int) -> int:
         """Steps of the run through the end of `epoch`; 0 for epoch -1."""
         return sum(self._batches(number, epoch + 1) for number in range(len(self.streams)))
+
+    def visits(self, epoch: int, rows: range) -> Visits:
+        """Every shard that `rows` of the global batch read in `epoch`, lane by lane; no work per step or sample."""
+        base, steps = self.steps_through(epoch - 1), self.steps_through(epoch) - self.steps_through(epoch - 1)
+        parts = []
+        for number, lanes in enumerate(self.lanes):
+            start, width = self._batches(number, epoch), self.global_batch_size // lanes
+            batches = self._batches(number, epoch + 1) - start
+            for lane in range(rows.start // width, -(-rows.stop // width) if batches else 0):
+                begin = start * self.global_batch_size + lane * batches * width
+                shard, first, stop, samples = self._slots(number, begin, begin + batches * width)
+                overlap = min(rows.stop, (lane + 1) * width) - max(rows.start, lane * width)
+                share = (stop - first) / samples * (overlap / width)
+                # Batch k lies in the part [k, k + 1) / batches of the epoch, up to one batch of every stream.
+                early = (first - begin) // width * steps // batches - len(self.streams)
+                late = -(-((stop - 1 - begin) // width + 1) * steps // batches) + len(self.streams)
+                parts.append((shard, base + np.maximum(early, 0), base + np.minimum(late, steps - 1), share))
+        shard, first, last, share = (np.concatenate(column) for column in zip(*parts, strict=True))
+        by_first = np.argsort(first, kind="stable")
+        return Visits(shard[by_first], first[by_first], last[by_first], share[by_first])
+
+    def _slots(self, number: int, begin: int, end: int) -> tuple[Integers, Integers, Integers, Integers]:
+        """Shards that the positions [begin, end) of a stream touch, in order: number in the manifest, first and end
+        position of what is touched, samples of the shard."""
+        stream, total = self.streams[number], self._totals[number]
+        parts = []
+        for own in range(begin // total, (end - 1) // total + 1):
+            shards, ends = self._table(number, own)
+            low, high = max(begin - own * total, 0), min(end - own * total, total)
+            slots = np.arange(np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high - 1, "right") + 1)
+            samples = stream.samples[shards[slots]]
+            first, stop = np.maximum(ends[slots] - samples, low), np.minimum(ends[slots], high)
+            parts.append((stream.shards[shards[slots]], own * total + first, own * total + stop, samples))
+        shard, first, stop, samples = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return shard, first, stop, samples
 
     def identity(self) -> dict[str, Any]:
         """What fixes the order, for the identity of the run; made of JSON types."""
@@ -203,6 +257,15 @@ class Order:
         while len(self._tables) > 1 and sum(2 * t[0].nbytes for t in self._tables.values()) > _TABLE_BYTES:
             self._tables.popitem(last=False)
         return self._tables[wanted]
+
+    def _make_tables(self, epoch: int) -> None:
+        """Tables of the whole epoch, as far as memory is meant for them, so that no later step waits for one."""
+        for number, total in enumerate(self._totals):
+            begin, end = (self._batches(number, e) * self.global_batch_size for e in (epoch, epoch + 1))
+            for own in range(begin // total, -(-end // total)):
+                self._table(number, own)
+                if sum(2 * t[0].nbytes for t in self._tables.values()) > _TABLE_BYTES // 2:
+                    return
 
     def _keys(self, purpose: int, number: int, *parts: int | Integers) -> Words:
         return keys(self.seed, purpose, self._stream_keys[number], *parts)

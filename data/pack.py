@@ -1,28 +1,29 @@
 """python -m data.pack SOURCE DEST: images and captions -> WebDataset shards in aspect-ratio buckets, with a manifest.
 
 SOURCE: a folder of images with .txt (or .json) captions beside them; a table metadata.jsonl, .csv or .parquet with the
-columns file_name and caption, or the folder that holds it; or WebDataset tars. DEST: a folder or s3:// prefix.
+columns file_name and caption, or the folder that holds it; or WebDataset tars. --kind captions packs captions alone
+(.txt files, one file with a caption a line, or a table), --kind edits source image, image and instruction
+(<name>.source.png, <name>.png, <name>.txt; or columns source, file_name, instruction). DEST: a folder or s3:// prefix.
 The same command goes on with a packing that was killed.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import functools
 import json
 import logging
-import os
-import re
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.buckets import Bucket, bucket_table
-from data.images import Encoding
+from data.buckets import Bucket, Sizes
 from data.index import known_shard, parse_index
 from data.manifest import MANIFEST, VERSION, Shard, load_document, write_manifest
+from data.members import Encode
+from data.pack_cli import command_line, options_of, reasons, report
 from data.pool import Pool
 from data.s3 import DataError, LocalFolder
 from data.shards import (
@@ -38,7 +39,7 @@ from data.shards import (
     mean_bytes,
     plan_digest,
 )
-from data.sources import Columns, Item, list_items
+from data.sources import Item, list_items
 from data.store import Store, open_store, sole_writer
 
 log = logging.getLogger(__name__)
@@ -49,60 +50,109 @@ _CHUNK = 256
 _CALIBRATION = 16
 
 
-def pack(source: Path, store: Store, options: Options, workers: int = 0) -> tuple[list[Shard], list[LeftOut]]:
+@dataclass
+class Packing:
+    """A packing under way. plans: all shards to be; finished: those that DEST holds, by name."""
+
+    source: Path
+    store: Store
+    options: Options
+    plans: list[ShardPlan]
+    finished: dict[str, Shard]
+    left_out: list[LeftOut]
+
+    @property
+    def todo(self) -> list[ShardPlan]:
+        return [plan for plan in self.plans if plan.name not in self.finished]
+
+    def add(self, plan: ShardPlan, shard: Shard | None, undecodable: Sequence[LeftOut]) -> None:
+        """Note a shard that was made, or that nothing of it could be decoded."""
+        for item in undecodable:
+            log.warning("%s: left out: %s", item.name, item.reason)
+        self.left_out += [item._replace(reason=item.kind) for item in undecodable]
+        if shard is not None:
+            self.finished[plan.name] = shard
+
+    def publish(self) -> tuple[list[Shard], list[LeftOut]]:
+        """Write the list of what was left out and the manifest. Raises DataError where nothing is left to pack."""
+        shards = [self.finished[plan.name] for plan in self.plans if plan.name in self.finished]
+        if not shards:
+            raise DataError(f"{self.source}: nothing is left to pack; {reasons(self.left_out)}")
+        self.left_out.sort()
+        _publish_reports(self.store, self.options, shards, self.left_out)
+        return shards, self.left_out
+
+
+def pack(
+    source: Path, store: Store, options: Options, workers: int = 0, encode: Encode | None = None
+) -> tuple[list[Shard], list[LeftOut]]:
     """Pack all of `source` and return the shards and what was left out; the manifest appears last.
 
+    encode: makes what is stored of every sample beside its captions (options.encoded says what), in this process.
     Raises DataError where the source cannot be read, DEST holds something else or cannot be written.
     """
     with sole_writer(store), Pool(workers) as pool:
-        items = list_items(source, options.columns)
-        _begin(store, options)
-        plans, left_out = _plan(pool, items, options)
-        finished = _finished(store, plans, options)
-        for plan in plans:
-            if plan.name in finished:
-                left_out += left_out_of(plan, parse_index(_read_index(store, plan.name), finished[plan.name]).keys)
-        todo = [plan for plan in plans if plan.name not in finished]
-        tasks, images = [(plan, options, store) for plan in todo], sum(len(plan.items) for plan in todo)
-        for number, (shard, undecodable) in pool.each(make_shard, tasks, "packing", images):
-            for item in undecodable:
-                log.warning("%s: left out: %s", item.name, item.reason)
-            left_out += [item._replace(reason=item.kind) for item in undecodable]
-            if shard is not None:
-                finished[todo[number].name] = shard
-        shards = [finished[plan.name] for plan in plans if plan.name in finished]
-        if not shards:
-            raise DataError(f"{source}: nothing is left to pack; {_reasons(left_out)}")
-        left_out.sort()
-        _publish_reports(store, options, shards, left_out)
-        return shards, left_out
+        packing = prepare(source, store, options, pool, encode)
+        todo = packing.todo
+        with contextlib.ExitStack() as own:
+            makers = pool if encode is None else own.enter_context(Pool(0))
+            for number, made in make_all(todo, options, store, makers, encode):
+                packing.add(todo[number], *made)
+        return packing.publish()
 
 
-def _plan(pool: Pool, items: list[Item], options: Options) -> tuple[list[ShardPlan], list[LeftOut]]:
+def make_all(
+    plans: Sequence[ShardPlan], options: Options, store: Store, pool: Pool, encode: Encode | None
+) -> Iterator[tuple[int, tuple[Shard | None, list[LeftOut]]]]:
+    """Make shards; (number of the plan, what was made) as they are finished."""
+    tasks, items = [(plan, options, store) for plan in plans], sum(len(plan.items) for plan in plans)
+    maker = make_shard if encode is None else functools.partial(make_shard, encode=encode)
+    return pool.each(maker, tasks, "packing" if encode is None else "encoding", items)
+
+
+def prepare(source: Path, store: Store, options: Options, pool: Pool, encode: Encode | None = None) -> Packing:
+    """Claim DEST and plan its shards. Raises DataError as `pack` does."""
+    items = list_items(source, options.columns, options.kind)
+    _begin(store, options)
+    plans, left_out = _plan(pool, items, options, encode)
+    finished = _finished(store, plans, options)
+    for plan in plans:
+        if plan.name in finished:
+            left_out += left_out_of(plan, parse_index(_read_index(store, plan.name), finished[plan.name]).keys)
+    return Packing(source, store, options, plans, finished, left_out)
+
+
+def _plan(
+    pool: Pool, items: list[Item], options: Options, encode: Encode | None
+) -> tuple[list[ShardPlan], list[LeftOut]]:
     """The shards, from headers and captions alone but for a few images per bucket that tell their encoded size."""
     chunks = [(items[n : n + _CHUNK], options) for n in range(0, len(items), _CHUNK)]
     parts: dict[int, list[Seen]] = dict(pool.each(look, chunks, "looking", len(items)))
     seen = [one for number in range(len(chunks)) for one in parts[number]]
     left_out = [one.left_out for one in seen if one.left_out is not None]
     members, in_small = assign(seen, [item.name for item in items], options)
-    buckets = [(bucket, [(n, items[n]) for n in numbers]) for bucket, numbers in members.items()]
-    few = [([item for _, item in _spread(members)], bucket, options) for bucket, members in buckets]
-    means = dict(pool.each(mean_bytes, few, "measuring", sum(len(task[0]) for task in few)))
+    buckets = [(sizes, [(n, items[n]) for n in numbers]) for sizes, numbers in members.items()]
+    few = [([item for _, item in _spread(members)], sizes, options) for sizes, members in buckets]
+    if encode is None:
+        means = dict(pool.each(mean_bytes, few, "measuring", sum(len(task[0]) for task in few)))
+    else:
+        means = {number: mean_bytes(task, encode) for number, task in enumerate(few)}
     known = [mean for mean in means.values() if mean is not None]
     fallback = max(known, default=float(options.resolution**2))
     plans = [
         plan
-        for number, (bucket, numbered) in enumerate(buckets)
-        for plan in divide(bucket, numbered, means[number] or fallback, options)
+        for number, (sizes, numbered) in enumerate(buckets)
+        for plan in divide(sizes, numbered, means[number] or fallback, options)
     ]
-    enlarged = sum(
-        seen[n].height < bucket.height or seen[n].width < bucket.width for bucket, ns in members.items() for n in ns
-    )
-    if enlarged:
-        log.warning(
-            "%d of %d images are smaller than their bucket and are enlarged; see --min-side", enlarged, len(seen)
-        )
+    _warn_enlarged([(seen[n].sizes.image, sizes.image) for sizes, numbers in members.items() for n in numbers])
     return plans, left_out + in_small
+
+
+def _warn_enlarged(sizes: list[tuple[Bucket, Bucket]]) -> None:
+    if enlarged := sum(own.height < bucket.height or own.width < bucket.width for own, bucket in sizes):
+        log.warning(
+            "%d of %d images are smaller than their bucket and are enlarged; see --min-side", enlarged, len(sizes)
+        )
 
 
 def _spread(members: Sequence[tuple[int, Item]]) -> list[tuple[int, Item]]:
@@ -143,7 +193,7 @@ def _finished(store: Store, plans: list[ShardPlan], options: Options) -> dict[st
         if tar is not None and index is not None:
             body = _read_index(store, plan.name)
             shard = known_shard(body, plan.name, options.source, tar.bytes, tar.etag, store.url)
-            if shard is not None and shard.bucket == plan.bucket:
+            if shard is not None and Sizes(shard.bucket, shard.source_bucket) == plan.sizes:
                 finished[plan.name] = shard
     if finished:
         log.warning("%s: going on, %d of %d shards are finished", store.url, len(finished), len(plans))
@@ -159,7 +209,8 @@ def _publish_reports(store: Store, options: Options, shards: list[Shard], left_o
     path = store.scratch() / LEFT_OUT
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
     store.publish(path, LEFT_OUT)
-    write_manifest(store.scratch(), options.source, options.encoding.channels, shards)
+    channels = options.encoding.channels
+    write_manifest(store.scratch(), options.source, channels, shards, options.kind, options.encoded)
     store.publish(store.scratch() / MANIFEST, MANIFEST)
 
 
@@ -175,96 +226,20 @@ def _publish_claim(store: Store, options: Options, plan: str | None) -> None:
     store.publish(path, PACK)
 
 
-def _reasons(left_out: list[LeftOut]) -> str:
-    counts = Counter(item.kind for item in left_out)
-    return "left out: " + ("; ".join(f"{count} {kind}" for kind, count in counts.most_common()) or "nothing")
-
-
-def _report(shards: list[Shard], left_out: list[LeftOut], store: Store) -> None:
-    buckets: dict[Bucket, list[Shard]] = {}
-    for shard in shards:
-        buckets.setdefault(shard.bucket, []).append(shard)
-    print(f"{'bucket':>12} {'images':>10} {'shards':>7} {'MB':>10}")
-    for bucket, members in buckets.items():
-        images, size = sum(s.samples for s in members), sum(s.bytes for s in members)
-        print(f"{bucket!s:>12} {images:>10} {len(members):>7} {size / 1e6:>10.1f}")
-    print(f"packed {sum(shard.samples for shard in shards)} images; {_reasons(left_out)}")
-    if left_out:
-        print(f"each of them is named in {store.url_of(LEFT_OUT)}")
-    print(f"wrote {store.url_of(MANIFEST)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("source", type=Path, help="folder of images, table, or tars")
-    add("dest", help="folder or s3:// prefix, empty or begun by the same command")
-    add("--name", help="name of the data set, default that of SOURCE")
-    add("--resolution", type=int, default=512, help="root of a bucket's area [pixels] (%(default)s)")
-    add("--bucket-step", type=int, default=64, help="sides are multiples of this [pixels] (%(default)s)")
-    add("--max-aspect", type=float, default=2.0, help="longest bucket, longer / shorter side (%(default)s)")
-    add("--min-side", type=int, default=0, help="leave out images with a shorter side [pixels]")
-    add("--max-image-aspect", type=float, help="leave out images that are longer than this")
-    add("--score-column", help="column of the table, or field of the .json, with a score")
-    add("--min-score", type=float, help="leave out images with a lower score")
-    add("--image-column", default=Columns().image, help="column of the table with the image's path (%(default)s)")
-    add("--caption-column", help="column or field with the caption or a list of captions (captions, caption, text)")
-    add(
-        "--small-buckets",
-        choices=("merge", "keep", "drop"),
-        default="merge",
-        help="into the nearest ratio (%(default)s)",
-    )
-    add("--min-bucket", type=int, default=256, help="images that a bucket has at least (%(default)s)")
-    add("--channels", type=int, choices=(1, 3), default=3, help="1 grey, 3 RGB (%(default)s)")
-    add("--format", choices=("jpg", "png", "webp"), default="jpg", help="of images that are resized (%(default)s)")
-    add("--quality", type=int, default=95, help="of jpg and webp, 1..100 (%(default)s)")
-    add("--shard-mb", type=float, default=192, help="shards have 2/3 to 4/3 of this [MB] (%(default)s)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0 none but this (%(default)s)")
-    add("--endpoint-url", help="S3 endpoint of stores other than AWS")
-    return parser
-
-
-def _options(given: argparse.Namespace) -> Options:
-    """Raises ValueError where options do not go together."""
-    bucket_table(given.resolution, given.bucket_step, given.max_aspect)
-    if (given.score_column is None) != (given.min_score is None):
-        raise ValueError("--score-column and --min-score go together")
-    if not 1 <= given.quality <= 100 or given.shard_mb <= 0 or given.workers < 0:
-        raise ValueError("--quality is 1..100, --shard-mb above 0, --workers 0 or more")
-    captions = (given.caption_column,) if given.caption_column else Columns().captions
-    name = given.name or given.source.absolute().name.split(".")[0]
-    return Options(
-        source=re.sub(r"[^\w-]", "_", name, flags=re.ASCII) or "images",
-        resolution=given.resolution,
-        bucket_step=given.bucket_step,
-        max_aspect=given.max_aspect,
-        min_side=given.min_side,
-        max_image_aspect=given.max_image_aspect,
-        columns=Columns(given.image_column, captions, given.score_column),
-        min_score=given.min_score,
-        small_buckets=given.small_buckets,
-        min_bucket=given.min_bucket,
-        encoding=Encoding(given.channels, given.format, given.quality),
-        shard_bytes=int(given.shard_mb * 1e6),
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = _parser()
+    parser = command_line("python -m data.pack", __doc__)
     given = parser.parse_args(arguments)
     try:
-        options = _options(given)
+        options = options_of(given)
     except ValueError as error:
         parser.error(str(error))
     try:
         store = open_store(given.dest, given.endpoint_url)
         if isinstance(store, LocalFolder) and store.path.is_relative_to(given.source.absolute()):
             raise DataError(f"{store.url}: lies in SOURCE; choose a DEST outside of it")
-        _report(*pack(given.source, store, options, given.workers), store)
+        made = pack(given.source, store, options, given.workers)
+        report(*made, options.kind, store.url_of(LEFT_OUT), store.url_of(MANIFEST))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

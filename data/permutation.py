@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
@@ -41,7 +42,7 @@ def keys(*parts: int | Integers) -> Words:
     return total
 
 
-def uniform(key: Words) -> npt.NDArray[np.float64]:
+def uniform(key: Words) -> Floats:
     """A number in [0, 1) per key, from its upper 53 bits."""
     return (key >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

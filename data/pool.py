@@ -38,15 +38,15 @@ def tick(count: int = 1) -> None:
 
 
 class Pool:
-    """`workers` processes; 0 works in this one. They end with this process, however it ends."""
+    """`workers` processes; 0 works in this one. They end with this process, however it ends. bar: show progress."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, bar: bool = True) -> None:
         global _counter
         context = multiprocessing.get_context("forkserver")
         # webdataset imports torch: once for all of them.
         context.set_forkserver_preload(["data.pool", "webdataset"])
         _counter = context.Array("q", 2)
-        self._ahead = 4 * workers
+        self._ahead, self._quiet = 4 * workers, None if bar else True
         self._executor = (
             ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(_counter,))
             if workers
@@ -69,7 +69,7 @@ class Pool:
         Raises what a task raises, and DataError where a process dies.
         """
         _counter[0] = 0
-        with tqdm(total=total, desc=title, unit=" images", disable=None) as bar:
+        with tqdm(total=total, desc=title, unit=" samples", disable=self._quiet) as bar:
             if self._executor is None:
                 for number, task in enumerate(tasks):
                     yield number, function(task)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import math
 import random
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -33,21 +35,41 @@ _LATER = frozenset(
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
 
 
+class Losses:
+    """Time lost on one object by all streams that read parts of it: what several lose at once counts once."""
+
+    def __init__(self) -> None:
+        self.seconds, self.failures = 0.0, Counter[str]()
+        self._until, self._lock = -math.inf, threading.Lock()
+
+    def add(self, seconds: float) -> None:
+        """Count the last `seconds` seconds."""
+        with self._lock:
+            now = time.monotonic()
+            self.seconds += min(seconds, now - self._until)
+            self._until = now
+
+
 class Budget:
     """Time that may be lost on one object: failed attempts, waits between them, and a body slower than 128 KiB/s.
 
-    The transfer itself is not counted, so that a budget of a minute serves small and large objects alike.
+    The transfer itself is not counted, so that a budget of a minute serves small and large objects alike. One stream has
+    one budget; losses: shared by the streams of an object.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.lost_s = seconds, 0.0
-        self._failures: Counter[str] = Counter()
+    def __init__(self, seconds: float, losses: Losses | None = None) -> None:
+        self.seconds, self._losses = seconds, losses or Losses()
         self._in_a_row, self._slow_s = 0, 0.0
+
+    @property
+    def lost_s(self) -> float:
+        return self._losses.seconds
 
     def received(self, count: int, elapsed_s: float) -> None:
         """Count what `count` bytes in `elapsed_s` seconds lost. Raises TimeoutError where this body loses too much."""
         lost_s = max(0.0, elapsed_s - count / _SLOWEST)
-        self.lost_s += lost_s
+        if lost_s:
+            self._losses.add(lost_s)
         self._slow_s += lost_s
         if count and not lost_s:
             self._in_a_row = 0
@@ -56,9 +78,9 @@ class Budget:
 
     def again(self, error: Exception, elapsed_s: float) -> bool:
         """Count a failed attempt and wait a while; False at once where no time is left for another attempt."""
-        self.lost_s += elapsed_s
+        self._losses.add(elapsed_s)
         self._slow_s = 0.0
-        self._failures[code_of(error)] += 1
+        self._losses.failures[code_of(error)] += 1
         left = self.seconds - self.lost_s - 1.5 * longest_silence_s(self.seconds)  # another attempt must fit in
         if left <= 0:
             return False
@@ -67,12 +89,12 @@ class Budget:
         # Jitter: the ranks of a job fail together and must not come back together.
         wait = min(longest * random.uniform(0.5, 1.0), left)
         time.sleep(wait)
-        self.lost_s += wait
+        self._losses.add(wait)
         return True
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{count} x {code}" for code, count in self._failures.most_common(4))
-        attempts = self._failures.total()
+        tried = ", ".join(f"{count} x {code}" for code, count in self._losses.failures.most_common(4))
+        attempts = self._losses.failures.total()
         return (
             f"{attempts} failed attempts ({tried}) and {self.lost_s:.1f} s lost of data.read_budget_s={self.seconds:g}"
         )

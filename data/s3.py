@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlparse
 
-from data.retry import Budget, code_of, longest_silence_s, status_of, transient
+from data.parts import PART, download_parts, fetch_pool
+from data.retry import Budget, Losses, code_of, longest_silence_s, status_of, transient
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +57,15 @@ class Folder(Protocol):
     def sizes(self) -> dict[str, int]:
         """Objects below the folder by their relative name, with their size [bytes]."""
 
-    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
-        """`size` bytes from `start`, or all from there on."""
+    def read(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> bytes:
+        """`size` bytes from `start`, or all from there on. A different ETag than `etag` raises."""
 
-    def download(self, name: str, target: BinaryIO, etag: str | None = None) -> int:
-        """Write the whole object to `target`; returns its bytes. A different ETag than `etag` raises."""
+    def download(self, name: str, target: BinaryIO, etag: str | None = None, size: int = 0, threads: int = 1) -> int:
+        """Write the whole object to `target`; returns its bytes. A different ETag than `etag` raises.
+
+        size: bytes that are expected, from which on several threads of this process fetch parts of a large object;
+        `target` is then a file.
+        """
 
     def local_path(self, name: str) -> Path | None:
         """Path of the object where it lies on this machine's file system, else None."""
@@ -98,7 +103,7 @@ class LocalFolder:
             raise DataError(f"{self.path}: no such folder; check data.manifest and data.held_out")
         return {str(p.relative_to(self.path)): p.stat().st_size for p in self.path.rglob("*") if p.is_file()}
 
-    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+    def read(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> bytes:
         try:
             with open(self.local_path(name), "rb") as file:
                 file.seek(start)
@@ -106,7 +111,7 @@ class LocalFolder:
         except OSError as error:
             raise DataError(f"{self.url_of(name)}: {error.strerror or error}") from error
 
-    def download(self, name: str, target: BinaryIO, etag: str | None = None) -> int:
+    def download(self, name: str, target: BinaryIO, etag: str | None = None, size: int = 0, threads: int = 1) -> int:
         with open(self.local_path(name), "rb") as file:
             shutil.copyfileobj(file, target)
         return target.tell()
@@ -150,16 +155,23 @@ class S3Folder:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+    def read(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> bytes:
         if size == 0:
             return b""
-        body = b"".join(self._body(name, start, size))
+        body = b"".join(self._body(name, start, size, etag))
         if size is not None and len(body) < size:
             raise DataError(f"{self.url_of(name)}: {len(body)} bytes from {start} where {size} were asked")
         return body
 
-    def download(self, name: str, target: BinaryIO, etag: str | None = None) -> int:
-        return sum(target.write(piece) for piece in self._body(name, etag=etag))
+    def download(self, name: str, target: BinaryIO, etag: str | None = None, size: int = 0, threads: int = 1) -> int:
+        if threads == 1 or size <= PART or etag is None:  # parts of one object: the condition holds them together
+            return sum(target.write(piece) for piece in self._body(name, etag=etag))
+        losses = Losses()
+
+        def body(start: int, length: int | None) -> Iterator[bytes]:
+            return self._body(name, start, length, etag, losses)
+
+        return download_parts(body, target.fileno(), size, fetch_pool(threads))
 
     def local_path(self, name: str) -> Path | None:
         return None
@@ -171,9 +183,16 @@ class S3Folder:
     def _client(self) -> Any:
         return _client(os.getpid(), self.endpoint_url, longest_silence_s(self.read_budget_s))
 
-    def _body(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> Iterator[bytes]:
+    def _body(
+        self,
+        name: str,
+        start: int = 0,
+        size: int | None = None,
+        etag: str | None = None,
+        losses: Losses | None = None,
+    ) -> Iterator[bytes]:
         """The object's bytes from `start`, at most `size`, by as many GETs as it takes."""
-        url, budget, position = self.url_of(name), Budget(self.read_budget_s), start
+        url, budget, position = self.url_of(name), Budget(self.read_budget_s, losses), start
         end, seen = (None if size is None else start + size), etag
         while end is None or position < end:
             request = {"Key": f"{self.prefix}/{name}" if self.prefix else name} | ({"IfMatch": seen} if seen else {})
@@ -270,6 +289,7 @@ def _client(pid: int, endpoint_url: str | None, silence_s: float) -> Any:
         s3={"addressing_style": "path"} if endpoint_url else None,
         # Attempts are ours: botocore's end at the headers and know nothing of the budget.
         retries={"mode": "standard", "total_max_attempts": 1},
+        max_pool_connections=64,  # threads that fetch parts and members
         connect_timeout=silence_s,
         read_timeout=silence_s,
         # Some stores answer a range with the checksum of the whole object, which the default setting refuses.

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from data.buckets import Bucket, bucket_table, merge_small, nearest_bucket
-from data.images import Encoding, encode_image, image_size
+from data.buckets import Bucket, Sizes, bucket_table, merge_small, nearest_bucket
+from data.contents import Encoded
+from data.images import Encoding, image_size
 from data.index import index_tar, write_index
 from data.manifest import Shard
+from data.members import Encode, members_of
 from data.pool import tick
 from data.s3 import DataError
-from data.sources import MAX_FILE, Columns, Item
+from data.sources import MAX_FILE, Columns, Item, Span
 from data.store import Store
 
 UNDECODABLE = "cannot be decoded as an image"
@@ -39,7 +41,9 @@ class LeftOut(NamedTuple):
 class Options:
     """What decides the bytes of a packed data set. Sides in pixels; None: no limit.
 
-    small_buckets: merge (into the nearest ratio), keep or drop buckets with fewer than min_bucket images.
+    small_buckets: merge (into the nearest ratio), keep or drop buckets with fewer than min_bucket images. kind: images,
+    captions (all of them in one bucket, resolution x resolution) or edits; encoded: latents and embeddings are stored in
+    place of images.
     """
 
     source: str
@@ -54,13 +58,14 @@ class Options:
     min_bucket: int = 256
     encoding: Encoding = field(default_factory=Encoding)
     shard_bytes: int = 192_000_000
+    kind: str = "images"
+    encoded: Encoded | None = None
 
 
 class Seen(NamedTuple):
-    """What the headers of an item say: displayed size [pixels], or why it is left out."""
+    """What the headers of an item say: displayed sizes [pixels], or why it is left out."""
 
-    height: int
-    width: int
+    sizes: Sizes
     left_out: LeftOut | None = None
 
 
@@ -68,7 +73,7 @@ class ShardPlan(NamedTuple):
     """One shard to be. items: its items by their number in the source, which becomes their key."""
 
     name: str
-    bucket: Bucket
+    sizes: Sizes
     items: tuple[tuple[int, Item], ...]
 
 
@@ -81,22 +86,37 @@ def look(task: tuple[Sequence[Item], Options]) -> list[Seen]:
         try:
             fields = item.fields()
             item.captions(options.columns, fields)
-            height, width = _size(item)
-            seen.append(Seen(height, width, _filtered(item.name, height, width, fields, options)))
+            sizes = _sizes(item, options)
+            seen.append(Seen(sizes, _filtered(item.name, sizes.image, fields, options)))
         except DataError as error:
-            seen.append(Seen(0, 0, LeftOut(item.name, str(error).split(" (")[0], str(error))))
+            seen.append(Seen(Sizes(Bucket(0, 0)), LeftOut(item.name, str(error).split(" (")[0], str(error))))
     return seen
 
 
-def _size(item: Item) -> tuple[int, int]:
+def _sizes(item: Item, options: Options) -> Sizes:
+    if item.image is None:
+        return Sizes(Bucket(options.resolution, options.resolution))
+    image = _size(item.image)
+    if options.kind != "edits":
+        return Sizes(image)
+    if item.source is None:
+        raise DataError("no source image")
+    try:
+        return Sizes(image, _size(item.source))
+    except DataError as error:
+        raise DataError(f"its source image: {error}") from error
+
+
+def _size(image: Span) -> Bucket:
     """Most headers stand at the beginning; where that is not enough, all is read."""
     try:
-        return image_size(item.image.read(MAX_FILE, most=_HEADER))
+        return Bucket(*image_size(image.read(MAX_FILE, most=_HEADER)))
     except DataError:
-        return image_size(item.image.read(MAX_FILE))
+        return Bucket(*image_size(image.read(MAX_FILE)))
 
 
-def _filtered(name: str, height: int, width: int, fields: dict[str, object], options: Options) -> LeftOut | None:
+def _filtered(name: str, size: Bucket, fields: dict[str, object], options: Options) -> LeftOut | None:
+    height, width = size
     aspect = max(height, width) / min(height, width)
     if min(height, width) < options.min_side:
         return LeftOut(name, f"a side below {options.min_side} pixels", f"{height}x{width} pixels")
@@ -115,10 +135,10 @@ def _filtered(name: str, height: int, width: int, fields: dict[str, object], opt
 
 def assign(
     seen: Sequence[Seen], names: Sequence[str], options: Options
-) -> tuple[dict[Bucket, list[int]], list[LeftOut]]:
+) -> tuple[dict[Sizes, list[int]], list[LeftOut]]:
     """Numbers of the items of every bucket, and what is left out for being in a small one."""
     table = bucket_table(options.resolution, options.bucket_step, options.max_aspect)
-    chosen = {n: nearest_bucket(s.height, s.width, table) for n, s in enumerate(seen) if s.left_out is None}
+    chosen = {n: _nearest(one.sizes, table) for n, one in enumerate(seen) if one.left_out is None}
     counts, left_out = Counter(chosen.values()), []
     if options.small_buckets == "merge":
         target = merge_small(counts, options.min_bucket)
@@ -128,48 +148,48 @@ def assign(
         kind = f"in a bucket of fewer than {options.min_bucket} images"
         left_out = [LeftOut(names[n], kind, f"bucket {b}: {counts[b]} images") for n, b in chosen.items() if b in small]
         chosen = {n: bucket for n, bucket in chosen.items() if bucket not in small}
-    members: dict[Bucket, list[int]] = {}
+    numbers: dict[Sizes, list[int]] = {}
     for number, bucket in chosen.items():
-        members.setdefault(bucket, []).append(number)
-    return {bucket: members[bucket] for bucket in table if bucket in members}, left_out
+        numbers.setdefault(bucket, []).append(number)
+    place = {bucket: n for n, bucket in enumerate(table)}
+    ordered = sorted(
+        numbers, key=lambda sizes: (place[sizes.image], -1 if sizes.source is None else place[sizes.source])
+    )
+    return {sizes: numbers[sizes] for sizes in ordered}, left_out
 
 
-def mean_bytes(task: tuple[Sequence[Item], Bucket, Options]) -> float | None:
+def _nearest(sizes: Sizes, table: Sequence[Bucket]) -> Sizes:
+    source = None if sizes.source is None else nearest_bucket(*sizes.source, table)
+    return Sizes(nearest_bucket(*sizes.image, table), source)
+
+
+def mean_bytes(task: tuple[Sequence[Item], Sizes, Options], encode: Encode | None = None) -> float | None:
     """Mean bytes that an item takes in its tar, over those that can be decoded; None where there is none."""
-    items, bucket, options = task
-    sizes = []
+    items, sizes, options = task
+    totals = []
     for item in items:
         tick()
         try:
-            members = encode_item(item, bucket, options)
+            found = members_of(item, sizes, options.columns, options.encoding, encode)
         except DataError:
             continue
-        sizes.append(sum(_BLOCK + -(-len(body) // _BLOCK) * _BLOCK for body in members.values()))
-    return sum(sizes) / len(sizes) if sizes else None
+        totals.append(sum(_BLOCK + -(-len(body) // _BLOCK) * _BLOCK for body in found.values()))
+    return sum(totals) / len(totals) if totals else None
 
 
-def divide(bucket: Bucket, items: Sequence[tuple[int, Item]], mean: float, options: Options) -> list[ShardPlan]:
+def divide(sizes: Sizes, items: Sequence[tuple[int, Item]], mean: float, options: Options) -> list[ShardPlan]:
     """Shards of one bucket, equal in samples to within one and of 2/3 to 4/3 of the asked bytes (a small bucket: fewer)."""
     count = min(len(items), math.ceil(len(items) * mean / options.shard_bytes * 3 / 4))
     cuts = [n * len(items) // count for n in range(count + 1)]
     return [
-        ShardPlan(f"{options.source}-{bucket}-{n:06d}.tar", bucket, tuple(items[cuts[n] : cuts[n + 1]]))
+        ShardPlan(f"{options.source}-{sizes}-{n:06d}.tar", sizes, tuple(items[cuts[n] : cuts[n + 1]]))
         for n in range(count)
     ]
 
 
-def encode_item(item: Item, bucket: Bucket, options: Options) -> dict[str, bytes]:
-    """Members of a sample by suffix: the image, .txt with its first caption, .json with all of them and its name."""
-    fields = item.fields()
-    captions = item.captions(options.columns, fields)
-    suffix, image = encode_image(item.image.read(MAX_FILE), bucket, options.encoding)
-    record: dict[str, object] = {"caption": captions[0], "name": item.name}
-    if len(captions) > 1:
-        record["captions"] = list(captions)
-    return {suffix: image, "txt": captions[0].encode(), "json": json.dumps(record, ensure_ascii=False).encode()}
-
-
-def make_shard(task: tuple[ShardPlan, Options, Store]) -> tuple[Shard | None, list[LeftOut]]:
+def make_shard(
+    task: tuple[ShardPlan, Options, Store], encode: Encode | None = None
+) -> tuple[Shard | None, list[LeftOut]]:
     """Write and publish one shard and then its index, which certifies it. None where no item can be decoded."""
     import webdataset
 
@@ -179,14 +199,16 @@ def make_shard(task: tuple[ShardPlan, Options, Store]) -> tuple[Shard | None, li
     with open(path, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
         for number, item in plan.items:
             try:
-                writer.write({"__key__": _key(number), **encode_item(item, plan.bucket, options)})
+                found = members_of(item, plan.sizes, options.columns, options.encoding, encode)
+                writer.write({"__key__": _key(number), **found})
             except DataError as error:
                 left_out.append(LeftOut(item.name, UNDECODABLE, str(error)))
             tick()
     if len(left_out) == len(plan.items):
         path.unlink()
         return None, left_out
-    shard = write_index(path.parent, plan.name, index_tar(path), options.source, plan.bucket)
+    image, source = plan.sizes
+    shard = write_index(path.parent, plan.name, index_tar(path), options.source, image, source_bucket=source)
     etag = store.publish(path, plan.name)
     store.publish(path.parent / shard.index_name, shard.index_name)
     return Shard(**{name: getattr(shard, name) for name in Shard.__slots__} | {"etag": etag}), left_out

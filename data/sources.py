@@ -1,4 +1,4 @@
-"""What there is to pack: a folder of images, a table of them, or WebDataset tars -> one list of items, in a fixed order.
+"""What there is to pack: a folder of files, a table, or WebDataset tars -> one list of items, in a fixed order.
 
 Nothing is extracted and no name of a source becomes a path to write to.
 """
@@ -19,6 +19,7 @@ from data.s3 import DataError
 MAX_FILE = 512 << 20
 MAX_TEXT = 1 << 20
 TABLES = (".jsonl", ".csv", ".parquet")
+_SOURCE = ".source"
 _METADATA = tuple(f"metadata{suffix}" for suffix in TABLES)
 
 
@@ -47,22 +48,26 @@ class Span(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Names of columns, or of fields of a .json member. captions: the first that a row has (a text or a list)."""
+    """Names of columns, or of fields of a .json member. captions: the first that a row has (a text or a list); source:
+    path of the source image of an edit."""
 
     image: str = "file_name"
-    captions: tuple[str, ...] = ("captions", "caption", "text")
+    captions: tuple[str, ...] = ("captions", "caption", "text", "instruction")
     score: str | None = None
+    source: str = "source"
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image and where its captions stand: row of a table, .json or .txt beside it, in this order."""
+    """One image and where its captions stand: row of a table, .json or .txt beside it, in this order. image: None where
+    captions alone are packed; source: the source image of an edit."""
 
     name: str
-    image: Span
+    image: Span | None
     row: dict[str, Any] | None = None
     record: Span | None = None
     text: Span | None = None
+    source: Span | None = None
 
     def fields(self) -> dict[str, Any]:
         """The item's row or record. Raises DataError where it is no JSON object."""
@@ -93,71 +98,120 @@ class Item:
         return captions
 
 
-def list_items(source: Path, columns: Columns) -> list[Item]:
-    """All items of a folder of images, of a table (or a folder with metadata.jsonl, .csv or .parquet), or of tars.
+def list_items(source: Path, columns: Columns, kind: str = "images") -> list[Item]:
+    """All items of a folder, of a table (or a folder with metadata.jsonl, .csv or .parquet), or of tars.
 
+    kind: images; captions (images are not looked for; also a .txt file with one caption a line); or edits, where the
+    source image of <name>.png is named by the table or is <name>.source.png (any image suffix).
     Raises DataError where nothing is found, a table cannot be read, or a tar holds pickles or hostile names.
     """
     if source.is_file():
-        items = _from_tars([source]) if source.suffix == ".tar" else list(_from_table(source, columns))
+        if source.suffix == ".tar":
+            items = _from_tars([source], kind)
+        elif source.suffix == ".txt" and kind == "captions":
+            items = list(_from_lines(source))
+        else:
+            items = list(_from_table(source, columns, kind))
     elif source.is_dir():
         files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
         table = next((source / name for name in _METADATA if (source / name).is_file()), None)
         tars = [Path(name) for name in files if name.endswith(".tar")]
         if table is not None:
-            items = list(_from_table(table, columns))
+            items = list(_from_table(table, columns, kind))
         else:
-            items = _from_files(source, files)
+            items = _from_files(source, files, kind)
             if items and tars:
-                raise DataError(f"{source}: holds images and tars ({tars[0].name}); pack them one by one")
-            items = items or _from_tars(tars)
+                raise DataError(f"{source}: holds files and tars ({tars[0].name}); pack them one by one")
+            items = items or _from_tars(tars, kind)
     else:
         raise DataError(f"{source}: no such file or folder")
     if not items:
-        raise DataError(f"{source}: no images; expected {', '.join(SUFFIXES)} files, a table {TABLES}, or .tar files")
+        wanted = ".txt files" if kind == "captions" else f"{', '.join(SUFFIXES)} files"
+        raise DataError(f"{source}: no {kind}; expected {wanted}, a table {TABLES}, or .tar files")
     return items
 
 
-def _from_files(source: Path, files: list[str]) -> list[Item]:
-    known = set(files)
-    items = []
+def _from_files(source: Path, files: list[str], kind: str) -> list[Item]:
+    grouped: dict[str, dict[str, Span]] = {}
     for path in files:
-        stem, _, suffix = path.rpartition(".")
-        if suffix.lower() in SUFFIXES:
-            record, text = (Span(f"{stem}.{kind}") if f"{stem}.{kind}" in known else None for kind in ("json", "txt"))
-            items.append(Item(os.path.relpath(path, source), Span(path), record=record, text=text))
-    return items
+        folder, name = os.path.split(path)
+        stem, _, suffix = name.rpartition(".")
+        if stem.endswith(_SOURCE) and suffix.lower() in SUFFIXES:
+            stem, suffix = stem.removesuffix(_SOURCE), f"source.{suffix}"
+        grouped.setdefault(os.path.join(folder, stem), {})[suffix] = Span(path)
+    items = []
+    for stem, members in grouped.items():
+        for suffix in _packed(members, kind):
+            items.append(_item(os.path.relpath(f"{stem}.{suffix}", source), suffix, members, kind))
+    return sorted(items, key=lambda item: os.path.join(source, item.name))
 
 
-def _from_tars(tars: list[Path]) -> list[Item]:
+def _from_tars(tars: list[Path], kind: str) -> list[Item]:
     from data.index import index_tar
 
     items = []
     for tar in tars:
         index = index_tar(tar)
         for number, key in enumerate(index.keys):
-            members = {kind: Span(str(tar), *span) for kind, span in index.members(number).items()}
-            image = next((kind for kind in SUFFIXES if kind in members), None)
-            if image is not None:
-                name = f"{tar.name}/{key}.{image}"
-                items.append(Item(name, members[image], record=members.get("json"), text=members.get("txt")))
+            members = {suffix: Span(str(tar), *span) for suffix, span in index.members(number).items()}
+            for suffix in _packed(members, kind)[:1]:
+                items.append(_item(f"{tar.name}/{key}.{suffix}", suffix, members, kind))
     return items
 
 
-def _from_table(table: Path, columns: Columns) -> Iterator[Item]:
+def _packed(members: dict[str, Span], kind: str) -> list[str]:
+    """Suffixes of the members that make an item each: images, or the file of the captions."""
+    if kind == "captions":
+        return [suffix for suffix in members if suffix in ("json", "txt")][:1]
+    return sorted((s for s in members if s.lower() in SUFFIXES), key=lambda suffix: SUFFIXES.index(suffix.lower()))
+
+
+def _item(name: str, suffix: str, members: dict[str, Span], kind: str) -> Item:
+    source = next((span for found, span in members.items() if found.startswith("source.")), None)
+    return Item(
+        name,
+        None if kind == "captions" else members[suffix],
+        record=members.get("json"),
+        text=members.get("txt"),
+        source=source if kind == "edits" else None,
+    )
+
+
+def _from_lines(file: Path) -> Iterator[Item]:
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Item(f"{file.name}, line {number}", None, row={"caption": line.strip()})
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _from_table(table: Path, columns: Columns, kind: str) -> Iterator[Item]:
     root = table.absolute().parent
+    wanted = {*columns.captions, columns.score}
     for number, row in enumerate(_rows(table, columns)):
-        name = row.get(columns.image)
-        if not isinstance(name, str) or not name:
-            raise DataError(
-                f"{table}, row {number}: column {columns.image!r} is {name!r:.80}, not the path of an image file; "
-                "set --image-column (images inside a table are not supported: write them as files)"
-            )
-        path = Path(os.path.normpath(root / name))
-        if not path.is_relative_to(root):
-            raise DataError(f"{table}, row {number}: {name} leads outside {root}; move the table above its images")
-        wanted = {*columns.captions, columns.score}
-        yield Item(name, Span(str(path)), row={key: value for key, value in row.items() if key in wanted})
+        kept = {key: value for key, value in row.items() if key in wanted}
+        where = f"{table}, row {number}"
+        if kind == "captions":
+            yield Item(str(row.get(columns.image) or f"row {number}"), None, row=kept)
+            continue
+        image = _path(row, columns.image, "--image-column", root, where)
+        source = _path(row, columns.source, "--source-column", root, where) if kind == "edits" else None
+        yield Item(str(row[columns.image]), image, row=kept, source=source)
+
+
+def _path(row: dict[str, Any], column: str, option: str, root: Path, where: str) -> Span:
+    name = row.get(column)
+    if not isinstance(name, str) or not name:
+        raise DataError(
+            f"{where}: column {column!r} is {name!r:.80}, not the path of an image file; set {option} (images inside a "
+            "table are not supported: write them as files)"
+        )
+    path = Path(os.path.normpath(root / name))
+    if not path.is_relative_to(root):
+        raise DataError(f"{where}: {name} leads outside {root}; move the table above its images")
+    return Span(str(path))
 
 
 def _rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -186,7 +240,7 @@ def _parquet_rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DataError(f"{table}: Parquet needs pyarrow; pip install pyarrow, or write the table as .jsonl") from error
-    wanted = {columns.image, *columns.captions, columns.score}
+    wanted = {columns.image, columns.source, *columns.captions, columns.score}
     with parquet.ParquetFile(table) as file:
         for batch in file.iter_batches(columns=[name for name in file.schema_arrow.names if name in wanted]):
             yield from batch.to_pylist()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from data.contents import Contents
 from data.index import Index, index_tar, parse_index
 from data.manifest import Shard, read_manifest
 from data.pool import Pool, tick
@@ -26,7 +27,7 @@ from data.store import SCRATCH
 class Task(NamedTuple):
     folder: Folder
     shard: Shard
-    channels: int
+    contents: Contents
 
 
 def verify(url: str, endpoint_url: str | None = None, workers: int = 0) -> tuple[int, list[str]]:
@@ -41,7 +42,7 @@ def verify(url: str, endpoint_url: str | None = None, workers: int = 0) -> tuple
         wrong = _wrong_sizes(folder, shard, sizes)
         problems += wrong
         if not wrong:
-            tasks.append(Task(folder, shard, manifest.channels))
+            tasks.append(Task(folder, shard, manifest.contents))
     known = {shard.name for shard in manifest.shards}
     strangers = sorted(name for name in sizes if name.endswith(".tar") and name not in known)
     problems += [
@@ -67,16 +68,16 @@ def _wrong_sizes(folder: Folder, shard: Shard, sizes: dict[str, int]) -> list[st
 
 def check_shard(task: Task) -> list[str]:
     """All problems of one shard whose files have their sizes."""
-    folder, shard, channels = task
+    folder, shard, contents = task
     try:
         index = parse_index(folder.read(shard.index_name), shard)
         if (path := folder.local_path(shard.name)) is not None:
-            return _check_tar(path, shard, index, channels)
+            return _check_tar(path, shard, index, contents)
         with tempfile.TemporaryDirectory(prefix="twinflow-verify-") as scratch:
             path = Path(scratch) / "shard.tar"
             with open(path, "wb") as file:
                 folder.download(shard.name, file, shard.etag)
-            return _check_tar(path, shard, index, channels)
+            return _check_tar(path, shard, index, contents)
     except DataError as error:
         tick(shard.samples)
         return [str(error)]
@@ -84,7 +85,7 @@ def check_shard(task: Task) -> list[str]:
         raise DataError(f"{shard.url}: cannot be verified ({error.strerror or error}); check TMPDIR") from error
 
 
-def _check_tar(path: Path, shard: Shard, index: Index, channels: int) -> list[str]:
+def _check_tar(path: Path, shard: Shard, index: Index, contents: Contents) -> list[str]:
     problems = []
     with open(path, "rb") as file:
         if index.sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != index.sha256:
@@ -101,7 +102,7 @@ def _check_tar(path: Path, shard: Shard, index: Index, channels: int) -> list[st
                 problems.append(f"{shard.url}, sample {key}: not where its index says; run `twinflow data index`")
                 continue
             try:
-                read_sample(file.fileno(), shard, index, number, channels)
+                read_sample(file.fileno(), shard, index, number, contents)
             except DataError as error:
                 problems.append(str(error))
     return problems

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
@@ -60,7 +61,33 @@ def worker_context() -> Any:
     return context
 
 
-def obey(worker: int) -> None:
+class Companion:
+    """A process that works beside the loader processes, ends with them and is told the step that the rank is at.
+
+    work: is called in it with a function that says the step; something that processes can be sent.
+    """
+
+    def __init__(self, context: Any, work: Callable[[Callable[[], int]], None], step: int) -> None:
+        self._step = context.RawValue(ctypes.c_int64, step)
+        self._process = context.Process(target=_accompany, args=(work, self._step), daemon=True)
+        self._process.start()
+
+    def tell(self, step: int) -> bool:
+        """Say the step; False where the process has died."""
+        self._step.value = step
+        return self._process.exitcode in (None, 0)
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _accompany(work: Callable[[Callable[[], int]], None], step: Any) -> None:
+    obey()
+    work(lambda: int(step.value))
+
+
+def obey(worker: int = 0) -> None:
     """Let this loader process end with its rank, or on a SIGTERM from it and from no other sender; returns at once.
 
     The rank sends one at its exit to processes that it could not dismiss, and then waits for them. A rank that is

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -17,9 +17,10 @@ from rich.table import Table
 from configs import knobs, load
 from configs.folders import ForeignFolder, refuse_foreign, run_folder, unused
 from configs.schema import Config
-from launcher import local
-from launcher.job import Job, processes, threads
-from launcher.report import consoles, refuse, report
+from launcher import allocation, cluster_cli, local
+from launcher.job import Job, processes, threads, torchrun_here
+from launcher.report import consoles, report
+from launcher.settings import Settings, fail, load_config, split
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": "markdown"}
@@ -30,12 +31,13 @@ model_app = typer.Typer(help="Make models.", **HELP)  # type: ignore[arg-type]
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
+checkpoint_app = typer.Typer(help="List, compare and verify checkpoints.", **HELP)  # type: ignore[arg-type]
+app.add_typer(checkpoint_app, name="checkpoint")
 console, _ = consoles()
 
-Settings = Annotated[
-    list[str],
-    typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="YAML files, merged left to right, then overrides."),
-]
+app.command()(cluster_cli.submit)
+app.command()(cluster_cli.status)
+app.command()(cluster_cli.stop)
 
 
 @app.command()
@@ -48,12 +50,14 @@ def train(
         list[str], typer.Option("--allow-change", metavar="KEY", help="Go on although this defining key has changed.")
     ] = [],  # noqa: B006 (typer wants a literal)
 ) -> None:
-    """Train on this machine: one rank per GPU, or runtime.nproc ranks on the CPU.
+    """Train on this machine: one rank per GPU, or runtime.nproc ranks on the CPU; on all nodes of a SLURM allocation.
 
     The same command resumes. Ctrl-C saves and stops; twice ends at once.
     """
-    config = _load(settings)
+    config = load_config(settings)
     folder = unused(run_folder(config)) if fresh else run_folder(config)
+    if allocation.held(os.environ):
+        raise typer.Exit(allocation.train(config, *split(settings), allow_change, folder, ROOT))
     try:
         refuse_foreign(folder)
         logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
@@ -64,13 +68,13 @@ def train(
             stamp = local.status_stamp(folder)
             outcome = local.Runner(job, lock).run()
     except (ForeignFolder, local.LaunchError, OSError) as error:
-        _fail("cannot start", str(error))
+        fail("cannot start", str(error))
     raise typer.Exit(report(outcome, job, folder, resume_command(config, settings, folder), stamp))
 
 
 def training_job(config: Config, settings: list[str], allow_change: list[str], folder: Path, logs: Path) -> Job:
     """Ranks that load the same files and overrides. They do not get the resolved file: secrets are redacted in it."""
-    files, overrides = _split(settings)
+    files, overrides = split(settings)
     arguments = [part for file in files for part in ("--config", file)]
     arguments += [part for key in allow_change for part in ("--allow-change", key)]
     wanted = config.runtime
@@ -96,7 +100,7 @@ def resume_command(config: Config, settings: list[str], folder: Path) -> str:
 @config_app.command()
 def check(settings: Settings) -> None:
     """Say whether a configuration is complete and consistent."""
-    config = _load(settings)
+    config = load_config(settings)
     train = config.train
     console.print(
         f"ok: run {config.run.name}, {config.objective['name']} on {config.model['name']} with {config.engine['name']}, "
@@ -109,7 +113,7 @@ def show(
     settings: Settings, yaml: Annotated[bool, typer.Option("--yaml", help="Print the resolved YAML alone.")] = False
 ) -> None:
     """List every knob: value, default, type, unit and meaning."""
-    config = _load(settings)
+    config = load_config(settings)
     if yaml:
         print(load.to_yaml(config), end="")
         return
@@ -130,7 +134,7 @@ def show(
 @config_app.command()
 def diff(first: Path, second: Path) -> None:
     """Compare two configurations key by key; defining keys are marked."""
-    a, b = _load([str(first)]), _load([str(second)])
+    a, b = load_config([str(first)]), load_config([str(second)])
     table = Table("key", str(first), str(second), "changes")
     defining = load.identity(a).keys() | load.identity(b).keys()
     for key, old, new in load.difference(load.to_dict(a), load.to_dict(b)):
@@ -138,18 +142,40 @@ def diff(first: Path, second: Path) -> None:
     console.print(table if table.row_count else "no difference")
 
 
+@app.command()
+def parity(
+    settings: Settings,
+    quick: Annotated[bool, typer.Option("--quick", help="Two ranks and a part of the combinations.")] = False,
+) -> None:
+    """Check on the CPU that sharded steps of this configuration, at tiny size, are those of one plain process.
+
+    Losses and all gradients under every engine, number of ranks, accumulation, activation checkpointing and packing.
+    """
+    load_config(settings)
+    files, overrides = split(settings)
+    chosen = [part for file in files for part in ("--config", file)]
+    _module("trainer.parity", *chosen, *(["--quick"] if quick else []), *overrides)
+
+
 @data_app.command("demo", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def data_demo(context: typer.Context, dest: Path) -> None:
+def data_demo(context: typer.Context, dest: str) -> None:
     """Write scikit-learn's handwritten digits as WebDataset shards (options: python -m data.demo --help)."""
-    _module("data.demo", str(dest), *context.args)
+    _module("data.demo", dest, *context.args)
 
 
 @data_app.command("pack", context_settings={"ignore_unknown_options": True})
 def data_pack(
     arguments: Annotated[list[str], typer.Argument(metavar="SOURCE DEST [OPTION]...", show_default=False)],
 ) -> None:
-    """Write WebDataset shards of a folder of images, a table or tars (options: python -m data.pack --help)."""
-    _module("data.pack", *arguments)
+    """Write WebDataset shards of a folder of images, a table or tars (options: python -m data.pack --help).
+
+    With --precompute CONFIG they hold latents and embeddings instead, made by one rank per GPU, or --nproc N ranks
+    (options: python -m trainer.precompute --help).
+    """
+    if not any(argument.split("=")[0] == "--precompute" for argument in arguments):
+        _module("data.pack", *arguments)
+    nproc, rest = _nproc(arguments)
+    _module(*torchrun_here(nproc, "trainer.precompute"), *rest)
 
 
 @data_app.command("index", context_settings={"ignore_unknown_options": True})
@@ -166,6 +192,30 @@ def data_verify(
     _module("data.verify", *arguments)
 
 
+@checkpoint_app.command("ls", context_settings={"ignore_unknown_options": True})
+def checkpoint_ls(
+    arguments: Annotated[list[str], typer.Argument(metavar="RUN [OPTION]...", show_default=False)],
+) -> None:
+    """Steps, sizes, ages, ranks, engine, and which are complete (a run's folder, or a folder or s3:// of checkpoints)."""
+    _module("trainer.checkpoints_cli", "ls", *arguments)
+
+
+@checkpoint_app.command("diff", context_settings={"ignore_unknown_options": True})
+def checkpoint_diff(
+    arguments: Annotated[list[str], typer.Argument(metavar="A B [OPTION]...", show_default=False)],
+) -> None:
+    """How far two checkpoints are apart, tensor by tensor (options: python -m trainer.checkpoints_cli diff --help)."""
+    _module("trainer.checkpoints_cli", "diff", *arguments)
+
+
+@checkpoint_app.command("verify", context_settings={"ignore_unknown_options": True})
+def checkpoint_verify(
+    arguments: Annotated[list[str], typer.Argument(metavar="CHECKPOINT [OPTION]...", show_default=False)],
+) -> None:
+    """Read all of a checkpoint: files, sizes, coverage, every tensor finite; RUN means its newest complete one."""
+    _module("trainer.checkpoints_cli", "verify", *arguments)
+
+
 @model_app.command("tiny", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def model_tiny(context: typer.Context, dest: Path) -> None:
     """Write a tiny Qwen-Image folder with random weights (options: python -m models.tiny --help)."""
@@ -178,21 +228,15 @@ def all_knobs(config: Config) -> dict[str, list[knobs.Knob]]:
     return {**load.schema_sections(), **plugins}
 
 
-def _load(settings: list[str]) -> Config:
-    try:
-        return load.load(*_split(settings))
-    except load.ConfigError as error:
-        _fail("configuration refused", str(error))
-
-
-def _split(settings: list[str]) -> tuple[list[str], list[str]]:
-    """Files, overrides."""
-    return [text for text in settings if "=" not in text], [text for text in settings if "=" in text]
-
-
-def _fail(title: str, message: str) -> NoReturn:
-    refuse(title, message)
-    raise typer.Exit(2)
+def _nproc(arguments: list[str]) -> tuple[int, list[str]]:
+    """Ranks on this machine, and the arguments without --nproc N."""
+    if "--nproc" not in arguments:
+        return processes(None, local.count_gpus()), arguments
+    at = arguments.index("--nproc")
+    given = arguments[at + 1 : at + 2]
+    if not given or not given[0].isdigit() or int(given[0]) < 1:
+        fail("cannot start", f"--nproc wants a number of ranks, not {given[0] if given else 'nothing'}")
+    return int(given[0]), arguments[:at] + arguments[at + 2 :]
 
 
 def _module(module: str, *arguments: str) -> None:

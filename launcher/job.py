@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,25 @@ SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Where the nodes of a run meet. head, port: of the first node; local: this node's own address, under which the
+    others reach it; is_host: this is the first node; nodes: how many meet; timeout_s: for the last one to come; id: of
+    the run, so that a leftover of an earlier start is not taken for a member."""
+
+    head: str
+    port: int
+    local: str
+    is_host: bool
+    nodes: int
+    timeout_s: int
+    id: str
+
+
+@dataclass(frozen=True)
 class Job:
     """Ranks on this machine. module: what every rank runs; threads: CPU threads of a rank; log_dir: a folder per rank
     with stdout.log and stderr.log appears below it; port: of the rendezvous, 0 takes a free one; stop_timeout_s: time
-    that ranks have between a request to stop and SIGKILL."""
+    that ranks have between a request to stop and SIGKILL; meeting: where there are ranks on other machines too."""
 
     module: str
     arguments: tuple[str, ...]
@@ -24,28 +40,57 @@ class Job:
     root: Path
     port: int = 0
     stop_timeout_s: float = 600.0
+    meeting: Meeting | None = None
 
 
 def torchrun(job: Job) -> list[str]:
-    """Arguments of torchrun. The rendezvous is on the loopback address by name, since a machine's host name may
-    resolve to nothing; every rank's output goes to files, the launcher shows rank 0's."""
+    """Arguments of torchrun. The rendezvous is by address and every node is told whether it is the host, since a
+    machine's host name may resolve to nothing or to another address; every rank's output goes to files, the launcher
+    shows rank 0's."""
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes", "1", "--nproc-per-node", str(job.nproc)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{job.port}", "--rdzv-conf", "is_host=true"),
-        *("--local-addr", "127.0.0.1", "--max-restarts", "0", "--signals-to-handle", SIGNALS),
+        *_rendezvous(job),
+        *("--max-restarts", "0", "--signals-to-handle", SIGNALS),
         *("--log-dir", str(job.log_dir), "--redirects", "3"),
         *("-m", job.module, *job.arguments),
     ]
 
 
+def _rendezvous(job: Job) -> list[str]:
+    meeting = job.meeting or Meeting("127.0.0.1", job.port, "127.0.0.1", True, 1, 0, "")
+    name, rules = [], f"is_host={str(meeting.is_host).lower()}"
+    if job.meeting is not None:
+        name = ["--rdzv-id", meeting.id]
+        rules += f",timeout={meeting.timeout_s},join_timeout={meeting.timeout_s}"
+    return [
+        *("--nnodes", str(meeting.nodes), "--nproc-per-node", str(job.nproc)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting.head}:{meeting.port}", "--rdzv-conf", rules),
+        *name,
+        *("--local-addr", meeting.local),
+    ]
+
+
+def torchrun_here(nproc: int, module: str) -> list[str]:
+    """Module and arguments for ranks on this machine whose output goes to this terminal; no torchrun for a single one."""
+    if nproc == 1:
+        return [module]
+    return [
+        *("torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(nproc)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-conf", "is_host=true"),
+        *("--local-addr", "127.0.0.1", "--max-restarts", "0", "-m", module),
+    ]
+
+
 def environment(job: Job, base: Mapping[str, str]) -> dict[str, str]:
     """The ranks' environment: our root first on the path (other packages install a top-level `trainer`), quiet
-    libraries, no hub, no progress bars but ours."""
+    libraries, no hub, no progress bars but ours. The interpreter's folder, where tools lie that libraries call (ninja),
+    is on PATH."""
+    tools, known = str(Path(sys.executable).parent), base.get("PATH", os.defpath)
     paths = [str(job.root), *filter(None, [base.get("PYTHONPATH")])]
     return {
         **base,
         "PYTHONPATH": ":".join(dict.fromkeys(paths)),
+        "PATH": known if tools in known.split(os.pathsep) else f"{tools}{os.pathsep}{known}",
         "OMP_NUM_THREADS": str(job.threads),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(job.stop_timeout_s)),
         "PYTHONWARNINGS": base.get("PYTHONWARNINGS", "ignore::FutureWarning"),

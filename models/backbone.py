@@ -89,6 +89,10 @@ class Backbone(Protocol):
     def checkpoint_units(self) -> Sequence[str]:
         """Qualified names of the modules whose activations may be recomputed."""
 
+    def chained_inputs(self) -> Sequence[str]:
+        """Names of a checkpoint unit's inputs that its outputs, in this order, replace for the next unit; the other
+        inputs are the same for all."""
+
     def idle_parameters(self) -> Sequence[str]:
         """Names of parameters that never receive a gradient; they are frozen before sharding."""
 

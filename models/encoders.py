@@ -60,6 +60,11 @@ class TextEncoder:
         )
         return cls(pipeline, max_tokens, null_prompt)
 
+    def shards(self) -> tuple[nn.Module, list[nn.Module], tuple[str, ...]]:
+        """The network, the modules of it that run one after the other, once a call, and its methods beside forward."""
+        model: Any = self.pipeline.text_encoder
+        return model, list(model.model.language_model.layers), ()
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """Conditions of B captions, padded to the longest; equal captions are encoded once. embeds: encoder dtype."""
@@ -113,20 +118,25 @@ class LatentEncoder:
         vae.requires_grad_(False).eval().to(device)
         return cls(vae)
 
+    def shards(self) -> tuple[nn.Module, list[nn.Module], tuple[str, ...]] | None:
+        """As of TextEncoder; None without a VAE. It is one unit, so that a call gathers once and not once an image."""
+        return None if self.vae is None else (self.vae, [], ("encode", "decode"))
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         if self.vae is None:
             return pixels
         frames = pixels.unsqueeze(2).to(self.vae.dtype)
         latents = self.vae.encode(frames).latent_dist.mode()[:, :, 0].float()
-        return (latents - self._mean) / self._std
+        return (latents - self._mean.to(latents.device)) / self._std.to(latents.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, H, W], float32; the VAE clamps them to [-1, 1], pixel latents come back as they are."""
         if self.vae is None:
             return latents
-        frames = (latents.float() * self._std + self._mean).unsqueeze(2).to(self.vae.dtype)
+        mean, std = self._mean.to(latents.device), self._std.to(latents.device)
+        frames = (latents.float() * std + mean).unsqueeze(2).to(self.vae.dtype)
         return self.vae.decode(frames).sample[:, :, 0].float()
 
 

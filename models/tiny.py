@@ -23,7 +23,10 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from models.backbone import Conditioning
 
 MARKER = "tiny.json"
 SPECIAL_IDS = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>", "pad_token_id": "<|endoftext|>"}
@@ -64,6 +67,9 @@ VAE: dict[str, Any] = {
     "latents_std": [0.5, 1.5, 1.0, 2.0],
 }
 
+
+SMALLEST = {"qwen_image": "pipeline"}
+"""Backbone (models/backbones) -> preset of its smallest model."""
 
 # hidden_size = joint_attention_dim of the transformer; sum of mrope_section = half a head.
 TEXT_ENCODERS: dict[str, dict[str, Any]] = {
@@ -127,6 +133,18 @@ def build(preset: str, seed: int) -> QwenImagePipeline:
             tokenizer=words,
             transformer=QwenImageTransformer2DModel(**TRANSFORMERS[preset]),
         )
+
+
+def example(backbone: Any, rows: int) -> tuple[Tensor, Conditioning, Conditioning]:
+    """Latents [rows, C, H, W] of 2 x 3 patches, conditions of 2 to 5 text tokens, null conditions of 1: random float32
+    numbers, the same at every call."""
+    generator = torch.Generator().manual_seed(3)
+    patch = backbone.pixels_per_latent * backbone.config.patch_size
+    shape = (rows, *backbone.latent_shape((2 * patch, 3 * patch)))
+    embeds = torch.randn(2 * rows, 5, backbone.config.joint_attention_dim, generator=generator)
+    lengths = torch.cat([torch.arange(rows) % 4 + 2, torch.ones(rows, dtype=torch.int64)])
+    both = Conditioning(embeds, torch.arange(5) < lengths[:, None])
+    return torch.randn(shape, generator=generator), both[:rows], both[rows:]
 
 
 def text_encoder(preset: str, words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,19 @@ class CheckpointError(RuntimeError):
     """A weight folder that cannot be used, with what is wrong and where."""
 
 
+@dataclass(frozen=True)
+class FlatPart:
+    """What a process holds of a parameter that is not cut by rows: elements [start, start + len(local)), row-major.
+
+    An engine sets it as the parameter's attribute `flat_part` while weights are loaded. shape: of the whole parameter;
+    local: 1-D, filled in place.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    local: Tensor
+
+
 def component(path: str | Path, name: str) -> Path:
     """The folder of a pipeline's component: path/name where it exists, else path itself."""
     folder = Path(path)
@@ -44,7 +59,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str]) -> None:
-    """Fill plain or sharded (DTensor) parameters in place, cast to their dtype.
+    """Fill plain or sharded (DTensor, FlatPart) parameters in place, cast to their dtype.
 
     derived: prefix -> source prefix of parameters that a base checkpoint does not have. Where *all* keys of such a
     prefix are missing they become copies of their source; where they are present they are loaded like any other.
@@ -52,8 +67,8 @@ def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str]) -> No
     Raises CheckpointError for every other missing, unexpected or misshapen key, before anything is changed.
     """
     folder = Path(folder)
-    targets = dict(named_tensors(model))
-    unallocated = [name for name, tensor in targets.items() if tensor.is_meta]
+    targets = {name: getattr(tensor, "flat_part", tensor) for name, tensor in named_tensors(model)}
+    unallocated = [name for name, tensor in targets.items() if _local(tensor).is_meta]
     if unallocated:
         raise RuntimeError(f"parameters must be materialised (to_empty) before loading: {_some(unallocated)}")
     files = _files(folder)
@@ -138,7 +153,7 @@ def _files(folder: Path) -> dict[str, Path]:
     )
 
 
-def _absent(targets: Mapping[str, Tensor], missing: Set[str], new: str, old: str) -> Iterator[tuple[str, str]]:
+def _absent(targets: Mapping[str, Any], missing: Set[str], new: str, old: str) -> Iterator[tuple[str, str]]:
     """(name, source) of a derived prefix; nothing unless every one of its keys is missing."""
     names = [name for name in targets if name.startswith(new)]
     if missing >= set(names):
@@ -146,7 +161,7 @@ def _absent(targets: Mapping[str, Tensor], missing: Set[str], new: str, old: str
             yield name, old + name.removeprefix(new)
 
 
-def _misshapen(file: Path, targets: Mapping[str, Tensor]) -> list[str]:
+def _misshapen(file: Path, targets: Mapping[str, Tensor | FlatPart]) -> list[str]:
     problems = []
     with _open(file) as reader:
         stored = set(reader.keys())
@@ -158,13 +173,26 @@ def _misshapen(file: Path, targets: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def _fill(target: Tensor, stored: Any) -> None:
+def _fill(target: Tensor | FlatPart, stored: Any) -> None:
     local = _local(target)
-    if not isinstance(target, DTensor):
+    if isinstance(target, FlatPart):
+        _fill_flat(target, stored)
+    elif not isinstance(target, DTensor):
         local.copy_(stored[...])
     elif local.numel():
         first = _first_row(target)
         local.copy_(stored[first : first + local.shape[0]])
+
+
+def _fill_flat(part: FlatPart, stored: Any) -> None:
+    """Read the rows that hold the part's elements, and no others."""
+    length = part.local.numel()
+    if not length:
+        return
+    row = math.prod(part.shape[1:])
+    first, last = part.start // row, -(-(part.start + length) // row)
+    elements = (stored[first:last] if part.shape else stored[...]).reshape(-1)
+    part.local.copy_(elements[part.start - first * row :][:length])
 
 
 def _first_row(tensor: DTensor) -> int:
@@ -183,7 +211,9 @@ def _first_row(tensor: DTensor) -> int:
     return first
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Tensor | FlatPart) -> Tensor:
+    if isinstance(tensor, FlatPart):
+        return tensor.local
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from data.batch import Replacement
 from data.order import Order
+from trainer.ledger import Ledger
 
 
 class TooManyBadSamples(RuntimeError):
@@ -15,15 +18,23 @@ class BadSamples:
     """Replaced samples of all ranks within an epoch of the run.
 
     share: of an epoch's samples that may be bad; step, in_epoch: steps done and what was counted in the epoch of the
-    last of them, as a checkpoint says. in_epoch then goes on; it starts anew with every epoch.
+    last of them, as a checkpoint says. in_epoch then goes on; it starts anew with every epoch. ledger: where each of
+    them is written down.
     """
 
-    def __init__(self, order: Order, share: float, step: int = 0, in_epoch: int = 0) -> None:
-        self.share, self.in_epoch = share, in_epoch
+    def __init__(
+        self, order: Order, share: float, step: int = 0, in_epoch: int = 0, ledger: Ledger | None = None
+    ) -> None:
+        self.share, self.in_epoch, self._ledger = share, in_epoch, ledger
         self._order, self._epoch = order, order.epoch(max(step - 1, 0))
 
-    def add(self, step: int, count: int) -> None:
-        """Count what `step` replaced on all ranks. Raises TooManyBadSamples above the ceiling of its epoch."""
+    def add(self, step: int, count: int, replaced: Sequence[Replacement] = ()) -> None:
+        """Count what `step` replaced on all ranks; replaced: the part of this rank. A collective where count > 0.
+
+        Raises TooManyBadSamples above the ceiling of its epoch.
+        """
+        if count and self._ledger is not None:
+            self._ledger.add(step, replaced)
         if (epoch := self._order.epoch(step)) != self._epoch:
             self._epoch, self.in_epoch = epoch, 0
         self.in_epoch += count

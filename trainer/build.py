@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,25 +16,37 @@ from configs.load import digest, identity
 from configs.rules import accumulation
 from configs.schema import Config
 from data.batch import Batch
+from data.demo import CAPTIONS
 from data.loader import Loader
 from data.manifest import Manifest, read_manifest
 from data.order import Order
+from models.backbone import Backbone
 from models.encoders import LatentEncoder, TextEncoder
+from trainer import frozen_teacher
 from trainer.bad_samples import BadSamples
 from trainer.checkpoint import Checkpoints
 from trainer.encoding import Encoding
 from trainer.engines.distributed import Agreement, World
 from trainer.engines.engine import Engine
-from trainer.generate.showcase import Showcase
+from trainer.engines.frozen import shard_frozen
+from trainer.engines.sharding import device_mesh
+from trainer.generate.showcase import COLLAPSE_BEST, COLLAPSE_CHECKS, Showcase
+from trainer.ledger import Ledger, SampleLog
 from trainer.objectives.objective import Objective
 from trainer.observe.counting import CountedNets
 from trainer.observe.flops import PassFlops
+from trainer.observe.profiler import Profiler
+from trainer.observe.profiler import refuse as refuse_profile
+from trainer.observe.sentinel import CollapseAlarm
 from trainer.observe.tracking import NullTracker, Tracker
 from trainer.plugins import plugin
 from trainer.run import Run
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, open_checkpoints
 from trainer.signals import StopRequest
+from trainer.training_data import check_contents, check_latents, stored_null
+from trainer.updates import Updates
 
+Kind = TypeVar("Kind", TextEncoder, LatentEncoder)
 ENCODER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -42,7 +56,13 @@ def build_objective(config: Config) -> Objective:
 
 def build_order(config: Config, manifest: Manifest) -> Order:
     data = config.data
-    return Order(manifest, seed=config.run.seed, global_batch_size=config.train.global_batch_size, lanes=data.lanes)
+    return Order(
+        manifest,
+        seed=config.run.seed,
+        global_batch_size=config.train.global_batch_size,
+        lanes=data.lanes,
+        small_buckets=data.small_buckets,
+    )
 
 
 def build_run(
@@ -57,6 +77,7 @@ def build_run(
 ) -> Run:
     """All objects of a run, resumed from the folder's latest checkpoint where there is one."""
     steps = accumulation(config, world.world_size, objective.rows_per_sample)
+    refuse_profile(config.profile, world.device)
     backbone_class, model = plugin("model", config.model)
     backbone = backbone_class.from_folder(model.path, latents=model.latents, dtype=getattr(torch, model.dtype))
     engine_class, engine_options = plugin("engine", config.engine)
@@ -68,14 +89,15 @@ def build_run(
         objective.teacher,
         load=lambda module: module.load(model.path),
     )
-    checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, certificate(config, world, order))
+    metadata = certificate(config, world, order, steps)
+    if objective.teacher == "frozen":
+        metadata[frozen_teacher.KEY] = frozen_teacher.fingerprint(engine.parts())
+    checkpoints = Checkpoints(open_checkpoints(config, folder.path), config.checkpoint, metadata)
     done = checkpoints.resume(engine)
-    dtype = ENCODER_DTYPES[model.encoder_dtype]
-    text = TextEncoder.from_folder(
-        model.path, world.device, dtype, config.encoder.max_text_tokens, config.encoder.null_prompt
-    )
-    latents = LatentEncoder.from_folder(model.path, model.latents, world.device, dtype)
-    bucket = order.stream(0).bucket
+    if objective.teacher == "frozen":
+        frozen_teacher.check(metadata[frozen_teacher.KEY], done.metadata.get(frozen_teacher.KEY), model.path)
+    bucket, held_out = order.stream(0).bucket, held_out_batch(config, world)
+    check_latents(manifest.encoded, bucket, backbone.latent_shape(bucket))
     return Run(
         config=config,
         world=world,
@@ -83,21 +105,93 @@ def build_run(
         objective=objective,
         engine=engine,
         nets=CountedNets(engine.nets, PassFlops(backbone)),
-        encoding=Encoding(text, latents, world.device, objective.needs_null),
+        encoding=build_encoding(config, world, manifest, held_out, objective, backbone, engine),
         order=order,
         loader=build_loader(
-            config, world, order, manifest, config.train.steps, done.step, config.data.workers, config.data.prefetch
+            config,
+            world,
+            order,
+            manifest,
+            config.train.steps,
+            done.step,
+            config.data.workers,
+            config.data.prefetch,
+            config.data.flip,
         ),
         agreement=Agreement(config.runtime.collective_timeout_s),
         checkpoints=checkpoints,
         tracker=tracker,
-        showcase=Showcase(backbone.latent_shape(bucket), held_out_batch(config, world)),
+        showcase=Showcase(
+            backbone.latent_shape(bucket),
+            held_out,
+            alarm=CollapseAlarm(
+                best=done.counters.get(COLLAPSE_BEST, 0.0), checks=int(done.counters.get(COLLAPSE_CHECKS, 0))
+            ),
+        ),
         stop=stop,
         accumulation=steps,
-        bad_samples=BadSamples(order, config.data.max_bad_samples, done.step, done.bad_samples),
+        bad_samples=BadSamples(
+            order, config.data.max_bad_samples, done.step, done.bad_samples, Ledger(folder.path, done.step)
+        ),
+        sample_log=SampleLog(folder.path, world.rank, done.step) if config.tracking.samples else None,
+        profiler=Profiler(config.profile, folder.path, world.device, tracker) if world.rank == 0 else None,
+        # A step whose update was left out counts as a step of the run, not of the optimizer.
+        updates=Updates(skipped=done.step - int(engine.counters()["optimizer_step"])),
         step=done.step,
         seconds=done.seconds,
     )
+
+
+def build_encoding(
+    config: Config,
+    world: World,
+    manifest: Manifest,
+    held_out: Batch | None,
+    objective: Objective,
+    backbone: Backbone,
+    engine: Engine,
+) -> Encoding:
+    """The encoders; those that precomputed data makes superfluous are loaded for the showcase's prompts alone."""
+    check_contents(config, manifest)
+    raw = manifest.encoded is None or (held_out is not None and held_out.precomputed is None)
+    images = (manifest.encoded is None and manifest.contents.has_targets) or (
+        held_out is not None and held_out.pixels is not None
+    )
+    encoding = Encoding(
+        load_text=lambda: placed(config, engine, text_encoder, world.device),
+        load_latents=lambda: placed(config, engine, latent_encoder, world.device),
+        device=world.device,
+        needs_null=objective.needs_null,
+        latent_shape=backbone.latent_shape,
+        stored_null=stored_null(config, manifest) if objective.needs_null else None,
+        keeps_text=raw,
+    )
+    prompts = [*config.sample.prompts, *(CAPTIONS if config.evaluate.name == "digits" else ())]
+    encoding.keep_prompts(prompts)
+    # Here, not in the first step or at the first grid: what cannot be loaded must not come to light hours later.
+    encoding.load(text=raw, latents=images or bool(prompts))
+    return encoding
+
+
+def placed(config: Config, engine: Engine, build: Callable[[Config, torch.device], Kind], device: torch.device) -> Kind:
+    """An encoder on the device; with encoder.shard over all ranks, on the mesh of the engine where it has one."""
+    if not config.encoder.shard:
+        return build(config, device)
+    encoder = build(config, torch.device("cpu"))
+    if (parts := encoder.shards()) is not None:
+        shard_frozen(*parts, mesh=getattr(engine, "mesh", None) or device_mesh(device))
+    return encoder
+
+
+def text_encoder(config: Config, device: torch.device) -> TextEncoder:
+    model, encoder = plugin("model", config.model)[1], config.encoder
+    dtype = ENCODER_DTYPES[model.encoder_dtype]
+    return TextEncoder.from_folder(model.path, device, dtype, encoder.max_text_tokens, encoder.null_prompt)
+
+
+def latent_encoder(config: Config, device: torch.device) -> LatentEncoder:
+    model = plugin("model", config.model)[1]
+    return LatentEncoder.from_folder(model.path, model.latents, device, ENCODER_DTYPES[model.encoder_dtype])
 
 
 def build_loader(
@@ -109,6 +203,7 @@ def build_loader(
     start_step: int = 0,
     workers: int = 0,
     prefetch: int = 1,
+    flip: bool = False,
 ) -> Loader:
     """This rank's batches of steps start_step .. steps - 1, read as the data section says."""
     data = config.data
@@ -119,12 +214,16 @@ def build_loader(
         start_step=start_step,
         rank=world.rank,
         world_size=world.world_size,
+        local_world_size=world.local_world_size,
         workers=workers,
         prefetch=prefetch,
+        prefetch_gb=data.prefetch_gb,
+        fetch_threads=data.fetch_threads,
         cache_dir=data.cache_dir,
         cache_gb=data.cache_gb,
         endpoint_url=data.endpoint_url,
         read_budget_s=data.read_budget_s,
+        flip=flip,
     )
 
 
@@ -138,22 +237,28 @@ def held_out_batch(config: Config, world: World) -> Batch | None:
     return next(iter(build_loader(config, world, order, manifest, steps=1)))
 
 
-def certificate(config: Config, world: World, order: Order) -> dict[str, Any]:
+def certificate(config: Config, world: World, order: Order, accumulation: int) -> dict[str, Any]:
     """What a checkpoint says about its origin, beside its tensors."""
-    names = ("torch", "diffusers", "transformers", "safetensors")
+    names = ("torch", "diffusers", "transformers", "safetensors", "deepspeed", "numpy")
     return {
         "identity_digest": digest({**identity(config), "data_order": order.identity()}),
         "data_order": order.identity(),
         "code_revision": code_revision(),
         "engine": config.engine["name"],
+        "run": config.run.name,
         "world_size": world.world_size,
+        "accumulation": accumulation,
+        "micro_batch_size": config.train.micro_batch_size,
         "chunk_rows": config.train.chunk_rows,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
     }
 
 
 def code_revision() -> str | None:
-    """Commit of this checkout, with + where files differ from it; None outside a git checkout."""
+    """Commit of this checkout, with + where files differ from it. A copy without git (an image, a job's snapshot of the
+    code) says it in TWINFLOW_REVISION; None where nothing does."""
+    if said := os.environ.get("TWINFLOW_REVISION"):
+        return said
     root = Path(__file__).parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:

@@ -1,24 +1,21 @@
 """The certificate of a checkpoint: written last, it says what every file holds; without it nothing is a checkpoint.
 
-A checkpoint is a folder step_<8 digits> among the checkpoints of a run, with certificate.json and safetensors files of
-flat 1-D ranges. Folders whose name starts with a dot are being written or replaced.
+A checkpoint is a folder (or an s3:// prefix) step_<8 digits> with certificate.json and safetensors files of flat 1-D
+ranges. Where it lies is trainer/checkpoint_store.py's business.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
+"""2 numbers the files of a range and leaves its key out, since that is group/name; 1 wrote both out."""
+OLDEST = 1
 NAME = "certificate.json"
-_FOLDER = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.replaced")
-_log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -26,7 +23,7 @@ class CheckpointError(RuntimeError):
 
 
 class UnknownFormatError(CheckpointError):
-    """The checkpoint was written by a newer version of this program."""
+    """The checkpoint was written by a version of this program with another format."""
 
 
 @dataclass(frozen=True)
@@ -61,53 +58,79 @@ class Certificate:
     tensors: dict[str, dict[str, SavedTensor]]
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        """In format 2. The keys of all ranges must be their tensor's group/name."""
+        number = {name: index for index, name in enumerate(self.files)}
+        tensors: dict[str, dict[str, Any]] = {}
+        for group, named in self.tensors.items():
+            for name, saved in named.items():
+                assert all(part.key == f"{group}/{name}" for part in saved.ranges), "a range under another key"
+                ranges = [[number[part.file], part.start, part.length] for part in saved.ranges]
+                tensors.setdefault(group, {})[name] = {"shape": saved.shape, "dtype": saved.dtype, "ranges": ranges}
+        head = {key: value for key, value in asdict(self).items() if key != "tensors"}
+        return json.dumps({"format": FORMAT, **head, "tensors": tensors}, separators=(",", ":"))
 
 
-def read(folder: Path) -> Certificate:
-    """The certificate in a checkpoint folder.
+def parse(text: str, where: str) -> Certificate:
+    """The certificate that `text` holds; `where` it was read is for messages.
 
     Raises:
-        UnknownFormatError: written by a newer version. CheckpointError: absent or damaged.
+        UnknownFormatError: written by a version with another format. CheckpointError: damaged.
     """
-    path = folder / NAME
     try:
-        content = json.loads(path.read_text())
-        if content["format"] > FORMAT:
-            raise UnknownFormatError(
-                f"{path} has checkpoint format {content['format']}, this version reads up to {FORMAT}: open the run "
-                f"with the version that wrote it ({content.get('metadata', {})})"
-            )
+        content = json.loads(text)
+        number = int(content["format"])
+        if not OLDEST <= number <= FORMAT:
+            raise UnknownFormatError(_other_version(number, content, where))
+        files = {str(name): int(size) for name, size in content["files"].items()}
+        if any(PurePosixPath(name).name != name or name == ".." for name in files):
+            raise ValueError("a file name with a folder")
+        read = _saved_tensor_1 if number == 1 else _saved_tensor_2
+        names = list(files)
         tensors = {
-            group: {name: _saved_tensor(saved) for name, saved in named.items()}
+            group: {name: read(saved, names, f"{group}/{name}") for name, saved in named.items()}
             for group, named in content["tensors"].items()
         }
-        files = {str(name): int(size) for name, size in content["files"].items()}
-        if any(Path(name).name != name for name in files):
-            raise ValueError("a file name with a folder")
         return Certificate(int(content["step"]), content["counters"], content["metadata"], files, tensors)
-    except FileNotFoundError as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
-            f"{folder} is not a complete checkpoint: it has no {NAME} (an interrupted save); use an earlier one"
+            f"{where} is damaged ({error!r}): remove that checkpoint, or restore it from a copy"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}): remove {folder} or restore it from a copy") from error
 
 
-def _saved_tensor(saved: dict[str, Any]) -> SavedTensor:
-    ranges = tuple(Range(**part) for part in saved["ranges"])
-    return SavedTensor(tuple(saved["shape"]), saved["dtype"], ranges)
+def _other_version(number: int, content: dict[str, Any], where: str) -> str:
+    metadata = content.get("metadata", {})
+    versions = metadata.get("versions", {})
+    wrote = f"code revision {metadata.get('code_revision', 'unknown')}, versions {versions}"
+    return (
+        f"{where} has checkpoint format {number}, this version reads {OLDEST} to {FORMAT}: open the run with the version "
+        f"that wrote it ({wrote})"
+    )
 
 
-def check_files(folder: Path, certificate: Certificate) -> None:
-    """Every file exists with its size; CheckpointError names the first that does not."""
+def _saved_tensor_1(saved: dict[str, Any], files: list[str], key: str) -> SavedTensor:
+    return _saved(saved, tuple(Range(**part) for part in saved["ranges"]), files)
+
+
+def _saved_tensor_2(saved: dict[str, Any], files: list[str], key: str) -> SavedTensor:
+    ranges = tuple(Range(files[number], key, start, length) for number, start, length in saved["ranges"])
+    return _saved(saved, ranges, files)
+
+
+def _saved(saved: dict[str, Any], ranges: tuple[Range, ...], files: list[str]) -> SavedTensor:
+    known = set(files)
+    if any(part.file not in known or part.start < 0 or part.length < 0 for part in ranges):
+        raise ValueError("a range outside the files")
+    return SavedTensor(tuple(saved["shape"]), str(saved["dtype"]), ranges)
+
+
+def check_files(found: dict[str, int], certificate: Certificate, where: str) -> None:
+    """Every file is among those found, with its size; CheckpointError names the first that is not."""
     for name, size in certificate.files.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
+        if found.get(name) != size:
+            state = "is missing" if name not in found else f"has {found[name]} bytes"
             raise CheckpointError(
-                f"{path} {state} where the certificate says {size} bytes: use an earlier checkpoint or restore the file"
+                f"{where}/{name} {state} where the certificate says {size} bytes: use an earlier checkpoint or restore "
+                "the file"
             )
 
 
@@ -122,28 +145,3 @@ def check_coverage(certificate: Certificate) -> None:
                 reached += part.length
             if reached != math.prod(saved.shape) or reached != sum(part.length for part in saved.ranges):
                 raise CheckpointError(f"the ranks' parts of {group}/{name} {saved.shape} leave gaps or overlap")
-
-
-def complete(checkpoints: Path) -> Iterator[Path]:
-    """Complete checkpoints in a folder, newest first; incomplete ones are passed over with a warning.
-
-    Raises:
-        UnknownFormatError: a newer version wrote one of them; going on from an older one would lose its work.
-    """
-    found = [(match, path) for path in checkpoints.glob("*") if (match := _FOLDER.fullmatch(path.name))]
-    # Of two with the same step the published one comes first, the one that it was replacing second.
-    ordered = sorted(found, key=lambda item: (int(item[0][1] or item[0][2]), item[0][1] is not None), reverse=True)
-    for _, path in ordered:
-        try:
-            check_files(path, read(path))
-        except UnknownFormatError:
-            raise
-        except CheckpointError as error:
-            _log.warning("passing over an incomplete checkpoint: %s", error)
-            continue
-        yield path
-
-
-def latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint in a folder, or None; see `complete`."""
-    return next(complete(checkpoints), None)

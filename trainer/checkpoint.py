@@ -1,34 +1,36 @@
-"""Sharded checkpoints, complete or absent (law 6): every rank writes its ranges, one rename publishes them.
+"""Sharded checkpoints, complete or absent (law 6): every rank writes its ranges, one act publishes them.
 
-Staging (copies to host buffers that are allocated once) is separate from writing, and the collectives run on a gloo
-group of their own.
+A save costs the loop a copy of this rank's state to host memory that is allocated once. A thread writes, brings to the
+disk and publishes it, and talks to the other ranks on a gloo group of its own: two threads on one group abort the
+process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
-import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import Any, TypeVar
 
 from configs.schema import Checkpoint as CheckpointOptions
+from data.s3 import DataError
 from trainer import certificate as certificates
-from trainer import durable
-from trainer.certificate import Certificate, CheckpointError, Range, SavedTensor
+from trainer import checkpoint_store
+from trainer.certificate import Certificate, CheckpointError
+from trainer.checkpoint_parts import Described, Written, check_names, describe, merge
+from trainer.checkpoint_reader import CheckpointReader
+from trainer.checkpoint_store import CheckpointStore, open_store
 from trainer.engines.engine import Engine, TensorPart
+from trainer.tensor_file import StagedFile
+from trainer.unison import Unison
 
 SECONDS = "training_seconds"
 BAD_SAMPLES = "bad_samples_in_epoch"
+SAVED_AT = "saved_at"
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -36,72 +38,130 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come. step: optimizer steps done; seconds: spent on them; bad_samples: replaced samples among
-    those of the last step's epoch, on all ranks."""
+    those of the last step's epoch, on all ranks; counters, metadata: all that the certificate holds."""
 
     step: int
     seconds: float
     bad_samples: int = 0
+    counters: Mapping[str, float] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save. seconds: from the end of staging on; bytes: this rank's; error: empty, or the same text on
+    all ranks."""
+
+    step: int
+    seconds: float
+    bytes: int
+    error: str = ""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder that all ranks share.
+    """The checkpoints of one run, in one place that all ranks share: a folder, an s3:// URL or a store.
 
     metadata: JSON values about the run, written into every certificate; rank 0's are. timeout_s: longest wait for
-    another rank's writing. save, resume, write and read are collective: all ranks call them, and all raise where one
-    fails. Works without a process group too, as a world of one.
+    another rank's writing. save, finish, resume, write and read are collective: all ranks call them in the same order,
+    and where one fails all raise. Works without a process group too, as a world of one.
     """
 
     def __init__(
-        self, folder: Path, options: CheckpointOptions, metadata: Mapping[str, Any], timeout_s: float = 3600.0
+        self,
+        where: Path | str | CheckpointStore,
+        options: CheckpointOptions,
+        metadata: Mapping[str, Any],
+        timeout_s: float = 3600.0,
     ) -> None:
         if options.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last is {options.keep_last}; at least 1 must stay to resume from")
-        self._folder, self._keep_last, self._metadata = folder, options.keep_last, metadata
-        self._rank, self._ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        timeout = timedelta(seconds=timeout_s)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if self._ranks > 1 else None
-        self._staged: dict[str, Tensor] = {}
+        self._store = open_store(where) if isinstance(where, Path | str) else where
+        self._options, self._metadata = options, metadata
+        self._ranks = Unison(timeout_s)
+        self._staged = StagedFile()
+        self._thread: threading.Thread | None = None
+        self._outcomes: list[Saved] = []
+        self._longest_s = 0.0
+        self._last: Saved | None = None
         self._step: int | None = None
 
-    def save(self, engine: Engine, step: int, seconds: float, bad_samples: int = 0) -> None:
-        """Publish the engine's state after `step` steps, unless this process has saved or loaded that very state."""
-        if step != self._step:
-            self.write(step, engine.parts(), {**engine.counters(), SECONDS: seconds, BAD_SAMPLES: bad_samples})
-            self._step = step
+    def save(self, engine: Engine, step: int, seconds: float, bad_samples: int = 0, **more: float) -> None:
+        """Begin to save the engine's state after `step` steps, unless that very state is saved or was loaded.
+
+        Returns when the state is copied; a save that is still being written is waited for first. A failure is logged
+        at once and shows in `outcomes`; the earlier checkpoint stays in force. more: further counters.
+        """
+        self._settle()
+        if step == self._step:
+            return
+        counters = {**engine.counters(), SECONDS: seconds, BAD_SAMPLES: bad_samples, **more}
+        prepared = self._attempt(lambda: self._stage(engine.parts()))
+        self._thread = threading.Thread(
+            target=self._save, args=(step, prepared, counters), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            CheckpointError: on all ranks, if the newest save failed.
+        """
+        self._settle()
+        if self._last is not None and self._last.error:
+            raise CheckpointError(self._last.error)
+
+    def abandon(self, timeout_s: float) -> bool:
+        """Give a save under way some time in a run that has failed; whether none is left. Not collective."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds that the longest save took to be written and published."""
+        return self._longest_s
+
+    def outcomes(self) -> list[Saved]:
+        """What became of the saves that have ended since the last call."""
+        ended, self._outcomes = self._outcomes, []
+        return ended
 
     def resume(self, engine: Engine) -> Progress:
         """Fill the engine from the newest complete checkpoint, the one that rank 0 sees; from none, start at 0."""
-        folder = self._from_rank_0(self._together(self.latest_path))
-        if folder is None:
+        name = self._ranks.from_rank_0(self._ranks.together(lambda: self.latest() if self._ranks.rank == 0 else None))
+        if name is None:
             return Progress(0, 0.0)
-        certificate = self.read(folder, engine.parts())
-        engine.load_counters(certificate.counters)
-        self._step = certificate.step
+        certificate = self.read(name, engine.parts())
         counters = certificate.counters
-        return Progress(certificate.step, counters.get(SECONDS, 0.0), int(counters.get(BAD_SAMPLES, 0)))
+        engine.load_counters(counters)
+        self._step = certificate.step
+        seconds, bad = counters.get(SECONDS, 0.0), int(counters.get(BAD_SAMPLES, 0))
+        return Progress(certificate.step, seconds, bad, counters, certificate.metadata)
 
-    def latest_path(self) -> Path | None:
-        """The newest complete checkpoint that this process sees."""
-        return certificates.latest(self._folder)
+    def latest(self) -> str | None:
+        """Name of the newest complete checkpoint that this process sees."""
+        return checkpoint_store.latest(self._store)
 
-    def write(self, step: int, parts: Iterable[TensorPart], counters: Mapping[str, float]) -> Path:
-        """Write and publish the checkpoint of `step`, then remove older ones; the published folder.
+    def latest_path(self) -> str | None:
+        """Path or URL of the newest checkpoint that this process has published or resumed from. From memory: a run that
+        fails because its store is away can still say it."""
+        saved = self._last.step if self._last is not None and not self._last.error else None
+        steps = [step for step in (self._step, saved) if step is not None]
+        return f"{self._store.url}/{checkpoint_store.named(max(steps))}" if steps else None
+
+    def write(self, step: int, parts: Iterable[TensorPart], counters: Mapping[str, float]) -> str:
+        """Write and publish the checkpoint of `step` at once, then remove older ones; its name.
 
         A write that fails or is killed leaves the earlier checkpoint in force.
 
         Raises:
             CheckpointError: on all ranks, naming the rank, the file and the remedy.
         """
-        published = self._folder / f"step_{step:08d}"
-        partial = published.with_name(f".{published.name}.partial")
-        self._together(lambda: self._prepare(partial))
-        path = partial / f"rank_{self._rank:05d}.safetensors"
-        own = self._together(lambda: self._write(path, parts))
-        written = self._gather(own)
-        self._together(lambda: self._publish(published, partial, step, counters, written) if written else None)
-        return published
+        self._settle()
+        return self._commit(step, self._attempt(lambda: self._stage(parts)), counters)
 
-    def read(self, folder: Path, parts: Iterable[TensorPart]) -> Certificate:
+    def read(self, name: str | Path, parts: Iterable[TensorPart]) -> Certificate:
         """Fill the local views of `parts` from whatever ranges the files hold, at any number of ranks.
 
         Each rank reads only its own elements. In the groups asked for, names, shapes and dtypes must be the saved ones.
@@ -109,175 +169,92 @@ class Checkpoints:
         Raises:
             CheckpointError: on all ranks, naming the rank, the file or tensor and the remedy.
         """
-        return self._together(lambda: _read_parts(folder, list(parts)))
+        self._settle()
+        return self._ranks.together(lambda: self._read(Path(name).name, list(parts)))
 
-    def _together(self, action: Callable[[], _T]) -> _T:
-        """Do something on every rank; its own result, or one and the same error on all."""
-        message, result, cause = "", None, None
+    def _settle(self) -> None:
+        """Wait for the save under way and note what became of it: from here on its group is this thread's."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._last is not None and not self._last.error:
+                self._step = self._last.step
+
+    def _save(self, step: int, prepared: Callable[[], list[Described]], counters: Mapping[str, float]) -> None:
+        """The thread's part of a save; it must not raise."""
+        began, error = time.monotonic(), ""
+        try:
+            self._commit(step, prepared, counters)
+        except Exception as failure:  # the loop goes on; whoever calls finish() hears of it
+            error = str(failure)
+            if self._ranks.rank == 0:
+                _log.error(
+                    "CHECKPOINT OF STEP %d WAS NOT SAVED: %s. The earlier one stays in force; the next is saved when due",
+                    step,
+                    error,
+                )
+        self._last = Saved(step, time.monotonic() - began, self._staged.size, error)
+        self._longest_s = max(self._longest_s, self._last.seconds)
+        self._outcomes.append(self._last)
+
+    def _commit(self, step: int, prepared: Callable[[], list[Described]], counters: Mapping[str, float]) -> str:
+        tensors = self._ranks.together(prepared)
+        attempt = self._ranks.from_rank_0(
+            self._ranks.together(lambda: self._store.begin(step) if self._ranks.rank == 0 else "")
+        )
+        own = self._ranks.together(lambda: self._write(attempt, tensors))
+        written = self._ranks.gather(own)
+        name = self._ranks.together(lambda: self._publish(attempt, step, counters, written) if written else "")
+        return self._ranks.from_rank_0(name)
+
+    def _attempt(self, action: Callable[[], _T]) -> Callable[[], _T]:
+        """Do it now; what it gave or raised comes out of the call of the result, where all ranks hear of it."""
         try:
             result = action()
-        except Exception as error:  # whatever it is, the others must not wait for this rank: they raise it too
-            message, cause = str(error) if isinstance(error, CheckpointError) else repr(error), error
-        messages = [message]
-        if self._group is not None:
-            messages = [""] * self._ranks
-            dist.all_gather_object(messages, message, group=self._group)
-        failed = [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text]
-        if failed:
-            more = f" (and {len(failed) - 3} more ranks)" if len(failed) > 3 else ""
-            raise CheckpointError("; ".join(failed[:3]) + more) from cause
-        return cast(_T, result)
+        except Exception as error:
+            caught = error
 
-    def _gather(self, own: _T) -> list[_T]:
-        """What every rank holds, on rank 0; empty elsewhere."""
-        if self._group is None:
-            return [own]
-        everything: list[Any] = [None] * self._ranks if self._rank == 0 else []
-        dist.gather_object(own, everything if self._rank == 0 else None, dst=0, group=self._group)
-        return everything
+            def fail() -> _T:
+                raise caught
 
-    def _from_rank_0(self, value: _T) -> _T:
-        box = [value]
-        if self._group is not None:
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+            return fail
+        return lambda: result
 
-    def _remove(self, folder: Path) -> None:
-        """Certificate first, so that an interruption leaves nothing that looks complete."""
-        try:
-            (folder / certificates.NAME).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-        except OSError as error:
-            _log.warning("cannot remove the old checkpoint %s (%s): remove it before the disk fills", folder, error)
-
-    def _prepare(self, partial: Path) -> None:
-        if self._rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob(".step_*.partial"):
-                shutil.rmtree(leftover)
-            partial.mkdir()
-
-    def _write(self, path: Path, parts: Iterable[TensorPart]) -> list[tuple[str, str, SavedTensor]]:
-        """Stage and write this rank's ranges; (group, name, tensor) of each."""
+    def _stage(self, parts: Iterable[TensorPart]) -> list[Described]:
+        """Copy this rank's elements; what they are. A tensor without any is described by the rank that begins it."""
         own = [part for part in parts if part.owned and (part.local.numel() or part.start == 0)]
-        staged = self._stage([part for part in own if part.local.numel()])
-        if staged:
-            durable.save_tensors(staged, path)
-        return [(part.group, part.name, _describe(part, path.name)) for part in own]
+        self._staged.fill([part for part in own if part.local.numel()])
+        return [describe(part) for part in own]
 
-    def _stage(self, parts: list[TensorPart]) -> dict[str, Tensor]:
-        """Copy the parts into this rank's host buffers; pinned, and copied side by side, where they come from a GPU."""
-        staged: dict[str, Tensor] = {}
-        for part in parts:
-            key = _key(part)
-            buffer = self._staged.get(key)
-            if buffer is None or buffer.shape != part.local.shape or buffer.dtype != part.local.dtype:
-                pinned = part.local.device.type == "cuda"
-                buffer = torch.empty(part.local.shape, dtype=part.local.dtype, pin_memory=pinned)
-            staged[key] = buffer.copy_(part.local, non_blocking=True)
-        if any(part.local.device.type == "cuda" for part in parts):
-            torch.cuda.synchronize()
-        self._staged = staged
-        return staged
+    def _write(self, attempt: str, tensors: list[Described]) -> Written:
+        if not any(tensor.length for tensor in tensors):
+            return Written(None, 0, tensors)
+        return Written(self._store.write(attempt, self._ranks.rank, self._staged), self._staged.size, tensors)
 
-    def _publish(
-        self,
-        published: Path,
-        partial: Path,
-        step: int,
-        counters: Mapping[str, float],
-        written: list[list[tuple[str, str, SavedTensor]]],
-    ) -> None:
-        """Rank 0: certificate, one rename, then retention."""
-        files = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
-        certificate = Certificate(step, dict(counters), dict(self._metadata), files, _merge(written))
+    def _publish(self, attempt: str, step: int, counters: Mapping[str, float], written: list[Written]) -> str:
+        """Rank 0: certificate, one act, then retention."""
+        files = {of_rank.file: of_rank.size for of_rank in written if of_rank.file is not None}
+        metadata = {**self._metadata, SAVED_AT: datetime.now(UTC).isoformat(timespec="seconds")}
+        certificate = Certificate(step, dict(counters), metadata, files, merge(written))
         certificates.check_coverage(certificate)
-        durable.write_text(partial / certificates.NAME, certificate.to_json())
-        durable.sync_folder(partial)
-        replaced = published.with_name(f".{published.name}.replaced")
-        if published.exists():
-            # A folder cannot be replaced in one act; set aside, it stays readable under its second name.
-            if replaced.exists():
-                shutil.rmtree(replaced)
-            published.rename(replaced)
-        partial.rename(published)
-        durable.sync_folder(self._folder)
-        if replaced.exists():
-            self._remove(replaced)
-        for old in list(certificates.complete(self._folder))[self._keep_last :]:
-            self._remove(old)
+        name = self._store.publish(attempt, step, certificate)
+        self._retain()
+        return name
 
+    def _retain(self) -> None:
+        """Remove what neither keep_last nor keep_every holds. The newest complete one, which a run resumes from, always
+        stays; a checkpoint that cannot be judged does too."""
+        try:
+            names = [name for name, _ in checkpoint_store.complete(self._store)]
+            every = self._options.keep_every
+            for name in names[self._options.keep_last :]:
+                if not (every and checkpoint_store.step_of(name) % every == 0):
+                    self._store.remove(name)
+        except (CheckpointError, DataError, OSError) as error:
+            _log.warning("old checkpoints in %s were not removed: %s", self._store.url, error)
 
-def _key(part: TensorPart) -> str:
-    return f"{part.group}/{part.name}"
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _describe(part: TensorPart, file: str) -> SavedTensor:
-    length = part.local.numel()
-    ranges = (Range(file, _key(part), part.start, length),) if length else ()
-    return SavedTensor(tuple(part.shape), _dtype(part.local), ranges)
-
-
-def _merge(written: list[list[tuple[str, str, SavedTensor]]]) -> dict[str, dict[str, SavedTensor]]:
-    """All ranks' ranges by group and name."""
-    merged: dict[str, dict[str, SavedTensor]] = {}
-    for of_rank in written:
-        for group, name, saved in of_rank:
-            named = merged.setdefault(group, {})
-            before = named[name].ranges if name in named else ()
-            named[name] = SavedTensor(saved.shape, saved.dtype, before + saved.ranges)
-    return merged
-
-
-def _read_parts(folder: Path, parts: list[TensorPart]) -> Certificate:
-    certificate = certificates.read(folder)
-    certificates.check_files(folder, certificate)
-    _check_names(folder, certificate, parts)
-    with contextlib.ExitStack() as opened:
-        files: dict[str, Any] = {}
-        for part in parts:
-            filled = 0
-            for saved in certificate.tensors[part.group][part.name].ranges:
-                begin = max(part.start, saved.start)
-                end = min(part.start + part.local.numel(), saved.start + saved.length)
-                if begin >= end:
-                    continue
-                if saved.file not in files:
-                    files[saved.file] = opened.enter_context(_open(folder / saved.file))
-                elements = files[saved.file].get_slice(saved.key)[begin - saved.start : end - saved.start]
-                part.local[begin - part.start : end - part.start].copy_(elements)
-                filled += end - begin
-            if filled != part.local.numel():
-                raise CheckpointError(f"{folder} lacks elements of {_key(part)}: its certificate is damaged")
-    return certificate
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): use an earlier checkpoint, or restore the file") from error
-
-
-def _check_names(folder: Path, certificate: Certificate, parts: list[TensorPart]) -> None:
-    wanted = {(part.group, part.name): part for part in parts}
-    groups = {group for group, _ in wanted}
-    saved = {(group, name) for group in groups for name in certificate.tensors.get(group, {})}
-    if saved != wanted.keys():
-        missing, unexpected = sorted(wanted.keys() - saved), sorted(saved - wanted.keys())
-        raise CheckpointError(
-            f"{folder} holds other tensors than this run: {len(missing)} missing {missing[:3]}, {len(unexpected)} "
-            f"unexpected {unexpected[:3]}. Resume with the model, adapters and optimizer that the run was started with"
-        )
-    for (group, name), part in wanted.items():
-        there = certificate.tensors[group][name]
-        if there.shape != tuple(part.shape) or there.dtype != _dtype(part.local):
-            raise CheckpointError(
-                f"{group}/{name} is {there.dtype} {there.shape} in {folder} and {_dtype(part.local)} "
-                f"{tuple(part.shape)} in this run: resume with the model that the run was started with"
-            )
-        assert math.prod(part.shape) >= part.start + part.local.numel(), "a part outside its tensor"
+    def _read(self, name: str, parts: list[TensorPart]) -> Certificate:
+        reader = CheckpointReader(self._store, name)
+        check_names(reader.url, reader.certificate, parts)
+        reader.fill(parts)
+        return reader.certificate

@@ -16,13 +16,16 @@ from trainer.checkpoint import Checkpoints
 from trainer.encoding import Encoding
 from trainer.engines.distributed import Agreement, World
 from trainer.engines.engine import Engine
+from trainer.ledger import SampleLog
 from trainer.objectives.objective import Objective, Rows, Targets
 from trainer.objectives.roles import assign
 from trainer.observe.counting import CountedNets
+from trainer.observe.profiler import Profiler
 from trainer.observe.tracking import NullTracker, Tracker
 from trainer.run_folder import RunFolder
 from trainer.signals import StopRequest
 from trainer.stages import Stages
+from trainer.updates import Updates
 
 if TYPE_CHECKING:
     from trainer.generate.showcase import Showcase
@@ -48,9 +51,12 @@ class Run:
     stop: StopRequest
     accumulation: int
     bad_samples: BadSamples
+    sample_log: SampleLog | None = None
+    profiler: Profiler | None = None
     step: int = 0
     seconds: float = 0.0
     stages: Stages = field(default_factory=Stages)
+    updates: Updates = field(default_factory=Updates)
     passes_per_step: dict[str, float] = field(default_factory=dict)
 
 

@@ -6,15 +6,16 @@ config.yaml (resolved) · run.json (identity, circumstance) · status.json · jo
 from __future__ import annotations
 
 import json
-import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs import load as configuration
-from configs.folders import OURS, refuse_foreign, run_folder, unused
+from configs.folders import OURS, refuse_foreign, run_folder, unused, write_json
 from configs.schema import Config
+from trainer.checkpoint_store import CheckpointStore, open_store
 
 
 class RunRefused(ValueError):
@@ -23,10 +24,12 @@ class RunRefused(ValueError):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """path: the folder; finished: an earlier process reached the last step and wrote its results."""
+    """path: the folder; finished: an earlier process reached the last step and wrote its results; changes: (key, earlier
+    value, value now) of what is different in a run that goes on, whether --allow-change named it or nobody must ask."""
 
     path: Path
     finished: bool
+    changes: tuple[tuple[str, Any, Any], ...] = ()
 
     @property
     def pictures(self) -> Path:
@@ -42,39 +45,69 @@ def open_run(
 ) -> RunFolder:
     """Create the folder, or check that it holds this very run. On rank 0 only.
 
-    Raises RunRefused with every difference of identity that allow_change does not name.
+    Raises RunRefused with every difference of identity that allow_change does not name, or where the run's checkpoints
+    are not where they were; CheckpointError or DataError where checkpoint.dir cannot be read.
     """
     path = unused(run_folder(config)) if fresh else run_folder(config)
     record = path / OURS
     identity = {**configuration.identity(config), "data_order": data_identity}
     circumstance = {**configuration.circumstance(config), "world_size": world_size}
+    store, earlier, changes = open_checkpoints(config, path), {}, []
     if record.exists():
         earlier = json.loads(record.read_text())
-        if _has_progress(path):  # a start that failed at once, on a mistake in its configuration, binds nobody
-            _refuse_changes(path, earlier["identity"], identity, allow_change)
+        changes = _changes(path, store, earlier, identity, circumstance, allow_change)
     else:
         refuse_foreign(path)
+    owner = _refuse_foreign_store(store, earlier.get("id"), path) if config.checkpoint.dir else None
     path.mkdir(parents=True, exist_ok=True)
     (path / "pictures").mkdir(exist_ok=True)
     configuration.save(config, path / "config.yaml")
-    write_json(record, {"identity": identity, "circumstance": circumstance})
-    return RunFolder(path, finished=_finished(path, config.train.steps))
+    own = earlier.get("id") or secrets.token_hex(8)
+    write_json(record, {"id": own, "identity": identity, "circumstance": circumstance})
+    if config.checkpoint.dir and owner is None:  # after our own record: a start killed between the two knows its id
+        store.claim(own)
+    return RunFolder(path, _finished(path, config.train.steps), tuple(changes))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one act."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+def _changes(
+    path: Path,
+    store: CheckpointStore,
+    earlier: dict[str, Any],
+    identity: dict[str, Any],
+    circumstance: dict[str, Any],
+    allow_change: Sequence[str],
+) -> list[tuple[str, Any, Any]]:
+    """What is different from the last start of a run that has trained; RunRefused where it may not be."""
+    saved, before = bool(store.listing()), _earlier_store(path, earlier["circumstance"])
+    left_behind = not saved and before.url != store.url and bool(before.listing())
+    if not (saved or left_behind or _has_metrics(path)):
+        return []  # a start that failed at once, on a mistake in its configuration, binds nobody
+    _refuse_changes(path, earlier["identity"], identity, allow_change)
+    if left_behind:  # going on would silently begin at step 0
+        raise RunRefused(
+            f"the checkpoints of {path} are in {before.url} and checkpoint.dir is {store.url} now, where there are none: "
+            f"copy them there, or set checkpoint.dir={before.url}"
+        )
+    pairs = (earlier["identity"], identity), (earlier["circumstance"], circumstance)
+    return [change for then, now in pairs for change in configuration.difference(then, configuration.json_value(now))]
 
 
-def _has_progress(path: Path) -> bool:
-    """Whether the run has trained: a checkpoint, or metrics in its journal."""
+def open_checkpoints(config: Config, path: Path) -> CheckpointStore:
+    """Where the run in folder `path` keeps its checkpoints."""
+    options = config.checkpoint
+    endpoint_url = options.endpoint_url or config.data.endpoint_url
+    return open_store(options.dir or path / "checkpoints", endpoint_url, config.data.read_budget_s)
+
+
+def _has_metrics(path: Path) -> bool:
     journal = path / "journal.jsonl"
-    # The checkpoints first: the journal of a long run is large.
-    return any((path / "checkpoints").glob("step_*")) or (
-        journal.exists() and '"kind": "metrics"' in journal.read_text()
-    )
+    return journal.exists() and '"kind": "metrics"' in journal.read_text()
+
+
+def _earlier_store(path: Path, circumstance: dict[str, Any]) -> CheckpointStore:
+    """Where the last start of the run kept its checkpoints."""
+    endpoint_url = circumstance.get("checkpoint.endpoint_url") or circumstance.get("data.endpoint_url")
+    return open_store(circumstance.get("checkpoint.dir") or path / "checkpoints", endpoint_url)
 
 
 def _finished(path: Path, steps: int) -> bool:
@@ -99,3 +132,20 @@ def _refuse_changes(path: Path, earlier: Any, identity: Any, allow_change: Seque
 
 def _allowed(key: str, allow_change: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in allow_change)
+
+
+def _refuse_foreign_store(store: CheckpointStore, own: str | None, path: Path) -> str | None:
+    """The owner of the place; RunRefused where it is another run: they would resume from each other's checkpoints and
+    remove them."""
+    owner = store.owner()
+    if owner is None and store.listing():
+        raise RunRefused(
+            f"checkpoint.dir={store.url} holds checkpoints of which no run says that they are its own; choose another "
+            "checkpoint.dir"
+        )
+    if owner not in (None, own):
+        raise RunRefused(
+            f"checkpoint.dir={store.url} holds the checkpoints of another run than {path}; choose another checkpoint.dir "
+            "(one for every run)"
+        )
+    return owner

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import logging
 import os
 import sys
@@ -15,21 +17,25 @@ import torch.distributed as dist
 
 from configs import load as configuration
 from configs.folders import ForeignFolder
+from configs.folders import run_folder as configured_folder
 from configs.schema import Config
-from data.manifest import read_manifest
 from data.s3 import DataError
 from models import weights
-from trainer import run_folder
+from trainer import hang, run_folder
 from trainer.build import build_objective, build_order, build_run
 from trainer.checkpoint import CheckpointError
 from trainer.engines.distributed import World, process_group
-from trainer.loop import StepRefused, fit
+from trainer.heartbeat import Heartbeat
+from trainer.ledger import REPLACEMENTS
+from trainer.loop import PeerWithoutBatch, StepRefused, fit
 from trainer.observe.tracking import NullTracker, Tracker, open_tracker
 from trainer.run import Run
 from trainer.run_folder import RunFolder, RunRefused
 from trainer.signals import StopRequest
 from trainer.stages import OutOfMemory
+from trainer.training_data import read_data
 
+log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 # What a person can mend: one message, no traceback.
 EXPLAINED = (DataError, RunRefused, StepRefused, OutOfMemory, CheckpointError, weights.CheckpointError)
@@ -47,6 +53,8 @@ def main(
             print(error, file=sys.stderr, flush=True)
         return 2
     set_numerics(config)
+    faulthandler.enable()
+    hang.record_flights(configured_folder(config) / "logs")
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     with process_group(config.runtime.collective_timeout_s) as world:
         code = train(config, world, stop, fresh=fresh, allow_change=allow_change)
@@ -63,7 +71,7 @@ def train(config: Config, world: World, stop: StopRequest, *, fresh: bool, allow
     folder, run, tracker = None, None, None
     try:
         objective = build_objective(config)
-        manifest = read_manifest(config.data.manifest, config.data.endpoint_url, config.data.read_budget_s)
+        manifest = read_data(config)
         order = build_order(config, manifest)
         folder = agree_on_folder(config, world, order.identity(), fresh, allow_change)
         if folder.finished:
@@ -74,10 +82,15 @@ def train(config: Config, world: World, stop: StopRequest, *, fresh: bool, allow
             folder.path, config.tracking.uri, config.tracking.experiment, config.run.name, world.rank
         )
         tracker.params({**configuration.to_dict(config), "world_size": world.world_size})
+        for key, earlier, now in folder.changes:
+            tracker.event("change", key=key, earlier=earlier, now=now)
+            log.info("%s was %s and is %s from here on", key, earlier, now)
         run = build_run(config, world, folder, manifest, order, objective, stop, tracker)
         if world.rank == 0:
             folder.write_status("running", run.step, "training", **results(run))
-        conclude(run, fit(run))
+            run.stages.entered = Heartbeat(run)
+        with hang.watch(run, functools.partial(results, run)):
+            conclude(run, fit(run))
         return 0
     except Exception as error:
         fail(error, world, folder, run, tracker)
@@ -92,11 +105,13 @@ def agree_on_folder(
     if world.rank == 0:
         try:
             outcome[0] = run_folder.open_run(config, data_order, world.world_size, fresh, allow)
+        except (DataError, CheckpointError) as error:  # of checkpoint.dir; another start may do
+            outcome[1] = error
         except (RunRefused, ForeignFolder, OSError) as error:
-            outcome[1] = str(error)
+            outcome[1] = RunRefused(str(error))
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise RunRefused(outcome[1])
+        raise outcome[1]
     folder: RunFolder = outcome[0]
     return folder
 
@@ -104,12 +119,15 @@ def agree_on_folder(
 def conclude(run: Run, complete: bool) -> None:
     """Pictures, scores and summary of a finished run; for a stopped one the word how to go on."""
     if complete:
-        held_out = run.showcase.held_out(run)
+        with run.stages("held out"):
+            held_out = run.showcase.held_out(run)
         run.showcase.grids(run)
         scores = run.showcase.evaluate(run)
         if run.world.rank == 0:
             run_folder.write_json(run.folder.path / "summary.json", summarize(run, held_out, scores))
             run.tracker.artifact(run.folder.path / "summary.json")
+            if (run.folder.path / REPLACEMENTS).exists():
+                run.tracker.artifact(run.folder.path / REPLACEMENTS)
         state, message = "finished", f"all {run.step} steps are done"
     else:
         state, message = "stopped", f"stopped on request, saved at step {run.step}; the same command goes on from there"
@@ -142,6 +160,7 @@ def results(run: Run) -> dict[str, Any]:
         "checkpoint": str(checkpoint) if checkpoint else None,
         "pictures": run.showcase.pictures,
         "mlflow": run.tracker.info(),
+        "save_seconds": round(max(run.stages.longest["save"], run.checkpoints.longest_s), 1),
     }
 
 
@@ -151,11 +170,13 @@ def fail(
     """Say what happened once and clearly; the run's status and tracker say so too."""
     text = str(error) if explained(error) else "".join(traceback.format_exception(error))
     print(f"\nrank {world.rank} failed{f' at step {run.step}' if run else ''}: {text}", file=sys.stderr, flush=True)
+    if run is not None:
+        run.checkpoints.abandon(timeout_s=10.0)  # the state of an earlier step that is being written is worth keeping
     if tracker is not None:
         tracker.finish("FAILED", timeout_s=5.0)
     if folder is not None and world.rank == 0:
         step, where = (run.step, results(run)) if run else (0, {})
-        folder.write_status("failed", step, str(error), **where)
+        folder.write_status("failed", step, str(error), vain=vain(error), **where)
 
 
 def explained(error: Exception) -> bool:
@@ -165,6 +186,13 @@ def explained(error: Exception) -> bool:
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     ours = raised_in.is_relative_to(ROOT) and "site-packages" not in raised_in.parts
     return isinstance(error, ValueError | FileNotFoundError) and ours
+
+
+def vain(error: Exception) -> bool:
+    """Whether the same start would fail again: a mistake that a person has to mend, no trouble of the surroundings."""
+    if isinstance(error, DataError | CheckpointError | PeerWithoutBatch):
+        return False
+    return explained(error)
 
 
 def set_numerics(config: Config) -> None:

@@ -125,6 +125,9 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
     def checkpoint_units(self) -> Sequence[str]:
         return [f"transformer_blocks.{index}" for index in range(len(self.transformer_blocks))]
 
+    def chained_inputs(self) -> Sequence[str]:
+        return ("encoder_hidden_states", "hidden_states")
+
     def idle_parameters(self) -> Sequence[str]:
         """The last block's text output is discarded, and with it what only that output needs."""
         last = f"transformer_blocks.{len(self.transformer_blocks) - 1}."

@@ -45,6 +45,7 @@ def read_on_rank(
             train=Train(steps=2, global_batch_size=global_batch_size, micro_batch_size=1, chunk_rows=None)
         ),
         stop=SimpleNamespace(requested=0),
+        nets=SimpleNamespace(step_calls=(0, 0)),
         agreement=Agreement(30.0),
         bad_samples=BadSamples(order, 0.0),
     )

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from data.manifest import MANIFEST
+from tests.benchmarks.hostile_arrays import bad_arrays, bad_encoded
 from tests.data.sets import SIDE, noise_shards, png, write_set, write_tar
 
 TAR, INDEX = "noise-0.tar", "noise-0.idx"
@@ -65,6 +66,8 @@ def cases(scratch: Path, damaged: int) -> Iterator[Case]:
     yield from named_members(scratch)
     yield from bad_members(scratch)
     yield from wrong_manifests(base)
+    for kind, name, files in (*bad_arrays(scratch, RunsCode(), SAMPLES), *bad_encoded(scratch, SAMPLES)):
+        yield Case(kind, name, files)
 
 
 def flip(body: bytes, rng: np.random.Generator) -> bytes:

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.order [--quick]
 
-Every row is a process of its own that makes the order, asks for one step (the first) and then for those after it.
-Times are CPU time of the calling thread. MB is the growth of the process from before the streams were made.
+Every row is measured in two processes that make the order, ask for one step (the first) and then for those after it.
+Times are CPU time of the calling thread, of each step the smaller one of the two: what another program on the machine
+costs it does not cost twice. MB is the growth of the process from before the streams were made.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Synthetic:
         return self._streams
 
 
-def measure(case: Case, steps: int) -> Result:
+def measure(case: Case, steps: int) -> tuple[float, float, list[float], float]:
+    """Times of making the order, of the first step and of those after it [ms], and memory [MB], of a fresh process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     manifest = Synthetic(case)
     make_ms, order = timed(lambda: Order(manifest, seed=0, global_batch_size=GLOBAL_BATCH))
@@ -80,7 +82,18 @@ def measure(case: Case, steps: int) -> Result:
     assert len(references.index) == GLOBAL_BATCH
     later = [timed(lambda s=s: order.step(s))[0] for s in range(case.step + 1, case.step + 1 + steps)]  # type: ignore[misc]
     memory_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return Result(case, make_ms, first_ms, float(np.median(later)), max(later), memory_mb)
+    return make_ms, first_ms, later, memory_mb
+
+
+def result(case: Case, steps: int) -> Result:
+    both = []
+    for _ in range(2):
+        # A spawned process has nothing warm.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            both.append(pool.submit(measure, case, steps).result())
+    make_ms, first_ms = min(one[0] for one in both), min(one[1] for one in both)
+    later = np.minimum(both[0][2], both[1][2])
+    return Result(case, make_ms, first_ms, float(np.median(later)), float(later.max()), max(one[3] for one in both))
 
 
 def timed(work):  # type: ignore[no-untyped-def]
@@ -103,9 +116,7 @@ def main() -> int:
     print(f"{'buckets':>7} {'weights':>9} {'from step':>9} {'make ms':>8} {'first ms':>9} ", end="")
     print(f"{'median ms':>9} {'worst ms':>9} {'MB':>6}  ok")
     for case in cases:
-        # A spawned process has nothing warm.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            r = pool.submit(measure, case, steps).result()
+        r = result(case, steps)
         results.append(r)
         print(
             f"{case.buckets:>7} {','.join(case.weights):>9} {case.step:>9} {r.make_ms:>8.2f} {r.first_ms:>9.2f} ",

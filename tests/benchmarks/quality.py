@@ -103,6 +103,8 @@ class DigitsBench:
             trained = self.train(name, recipe, seed, steps, start)
             scores[name] = self.score(trained, isinstance(recipe.objective, FlowMatching))
             costs[name] = trained.row_passes / (steps * BATCH)
+            for weights, by_evaluations in scores[name].items():
+                print_line(name, costs[name], weights, str(seed), by_evaluations)
             return trained
 
         run("flow matching, constant", FLOW_CONSTANT, steps)
@@ -146,24 +148,19 @@ def mean_scores(by_seed: list[Scores], weights: str) -> dict[str, dict[str, floa
     return {n: {m: float(np.mean([s[weights][n][m] for s in by_seed])) for m in first[n]} for n in first}
 
 
-def print_digits(scores: dict[str, list[Scores]], costs: dict[str, float], seeds: tuple[int, ...]) -> None:
-    """One line per method, weights and seed, then their mean: FD_pca / FD_net by evaluations, the rest at one."""
-    print(
-        f"{'method':28s}{'rows':>6s} {'weights':8s}{'seed':5s}" + "".join(f"{n + ' NFE':>14s}" for n in SAMPLERS),
-        end="",
-    )
+def print_header() -> None:
+    """The head of the table of digits."""
+    evaluations = "".join(f"{n + ' NFE':>14s}" for n in SAMPLERS)
+    print(f"{'method':28s}{'rows':>6s} {'weights':8s}{'seed':5s}{evaluations}", end="")
     print(f"{'unclipped':>11s}{'acc':>7s}{'div':>7s}{'nn':>7s}{'memory':>8s}  (the last five at 1 NFE)")
-    for name, by_seed in scores.items():
-        for weights in ("raw", "ema"):
-            lines = [(str(seed), s[weights]) for seed, s in zip(seeds, by_seed, strict=True)]
-            for seed, s in [*lines, ("mean", mean_scores(by_seed, weights))]:
-                figures = "".join(f"{s[n]['fd_pca']:7.3f} /{s[n]['fd_net']:5.2f}" for n in SAMPLERS)
-                one = s["1"]
-                print(
-                    f"{name:28s}{costs[name]:6.2f} {weights:8s}{seed:5s}{figures}{one['fd_pca_unclipped']:11.3f}",
-                    end="",
-                )
-                print(f"{one['accuracy']:7.3f}{one['div']:7.3f}{one['nn']:7.3f}{one['memory_ratio']:8.3f}")
+
+
+def print_line(name: str, cost: float, weights: str, seed: str, scores: dict[str, dict[str, float]]) -> None:
+    """FD_pca / FD_net of one trained network by evaluations, the rest at one."""
+    figures = "".join(f"{scores[n]['fd_pca']:7.3f} /{scores[n]['fd_net']:5.2f}" for n in SAMPLERS)
+    one = scores["1"]
+    print(f"{name:28s}{cost:6.2f} {weights:8s}{seed:5s}{figures}{one['fd_pca_unclipped']:11.3f}", end="")
+    print(f"{one['accuracy']:7.3f}{one['div']:7.3f}{one['nn']:7.3f}{one['memory_ratio']:8.3f}", flush=True)
 
 
 def print_toys(toys: dict[str, dict[str, dict[str, list[float]]]]) -> None:
@@ -199,12 +196,15 @@ def main() -> int:
     bench = DigitsBench(size)
     scores: dict[str, list[Scores]] = {}
     costs: dict[str, float] = {}
+    print_header()
     for seed in tqdm(size.seeds, desc="digits"):
         for_seed, costs = bench.all_methods(seed)
         for name, s in for_seed.items():
             scores.setdefault(name, []).append(s)
+    for name, by_seed in scores.items():
+        for weights in ("raw", "ema"):
+            print_line(name, costs[name], weights, "mean", mean_scores(by_seed, weights))
     toys = toy_distances(size)
-    print_digits(scores, costs, size.seeds)
     print_toys(toys)
     default, flow = mean_scores(scores["default"], WEIGHTS), mean_scores(scores["flow matching"], WEIGHTS)
     matched = all(default["1"][m] <= flow["100"][m] for m in ("fd_pca", "fd_net"))

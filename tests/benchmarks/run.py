@@ -12,7 +12,22 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("passes", "step_cost", "order", "faults", "hostile", "quality")
+NAMES = (
+    "passes",
+    "step_cost",
+    "order",
+    "shuffle",
+    "traffic",
+    "stream",
+    "faults",
+    "hostile",
+    "reshard",
+    "kill",
+    "checkpoint",
+    "load",
+    "slurm",
+    "quality",
+)
 
 
 def run(name: str, quick: bool) -> tuple[bool, float]:

@@ -11,7 +11,8 @@ from configs.load import ConfigError
 from configs.schema import Config
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
-RECIPES = sorted((SMOKE.parent).rglob("*.yaml"))
+OVERLAYS = ("cluster", "engine")  # what stands behind a recipe
+RECIPES = sorted(path for path in SMOKE.parent.rglob("*.yaml") if path.parent.name not in OVERLAYS)
 
 
 def smoke(*overrides: str) -> Config:
@@ -71,7 +72,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
 def test_what_is_missing_is_listed(tmp_path: Path) -> None:
     path = tmp_path / "few.yaml"
     path.write_text("run: {name: few}\n")
-    with pytest.raises(ConfigError, match=r"not set: data\.manifest, train\.global_batch_size"):
+    with pytest.raises(ConfigError, match=r"not set: train\.global_batch_size"):
         load.load([path])
 
 
@@ -154,3 +155,14 @@ def test_differences_are_listed_leaf_by_leaf() -> None:
     assert changes["objective.roles.e2e"] == (1, None)
     assert load.difference(a, a) == []
     assert load.digest(load.identity(smoke())) == load.digest(load.identity(smoke("runtime.threads=2")))
+
+
+def test_sources_are_a_list_of_manifests_with_weights() -> None:
+    sources = "[{manifest: a}, {manifest: s3://b/c, weight: 2.5}]"
+    config = load.load([SMOKE], ["data.manifest=null", f"data.sources={sources}"])
+    assert [(source.manifest, source.weight) for source in config.data.sources] == [("a", 1.0), ("s3://b/c", 2.5)]
+    assert load.to_dict(config)["data"]["sources"][1] == {"manifest": "s3://b/c", "weight": 2.5}
+    with pytest.raises(ConfigError, match="wieght"):
+        load.load([SMOKE], ["data.manifest=null", "data.sources=[{manifest: a, wieght: 2}]"])
+    with pytest.raises(ConfigError, match=r"not set: data\.sources\[0\]\.manifest"):
+        load.load([SMOKE], ["data.manifest=null", "data.sources=[{weight: 2}]"])

@@ -57,13 +57,19 @@ def test_guidance_that_diverges_is_refused_until_allowed() -> None:
         (["guidance.scale=nan"], "1 is no guidance"),
         (["sample.presets=[1nfe, 3nfe]"], r"sample\.presets: unknown sampler '3nfe'"),
         (["evaluate.presets=[multi0]"], r"evaluate\.presets: unknown sampler 'multi0'"),
-        (["optimizer.name=lion"], "choose adamw, adam or radam"),
+        (["optimizer.name=lion"], "choose adamw, adam, radam or adamw8bit"),
+        (["optimizer.name=adamw8bit", "engine.cpu_offload=true"], "engine.cpu_offload keeps the shards in host memory"),
         (["optimizer.betas=[0.9, 1.0]"], r"both lie in \[0, 1\)"),
         (["schedule.name=step"], "choose constant, linear or cosine"),
         (["schedule.warmup_steps=5000"], "does not lie within train.steps"),
         (["ema.decay=0"], "sample.weights=ema needs averaged weights"),
         (["ema.decay=0", "objective.teacher=ema"], "objective.teacher=ema needs averaged weights"),
         (["evaluate.images=15"], "multiple of 10"),
+        (["data.manifest=null"], r"not set: data\.manifest.* or data\.sources"),
+        (["data.sources=[{manifest: x}]"], r"data\.manifest and data\.sources are both set"),
+        (["data.manifest=null", "data.sources=[{manifest: x, weight: 0}]"], "the weight of x must be positive"),
+        (["data.manifest=null", "data.sources=[{manifest: x, weight: .nan}]"], "the weight of x must be positive"),
+        (["data.small_buckets=merge"], "choose refuse, repeat or drop"),
         (["runtime.matmul_precision=low"], "choose highest, high or medium"),
     ],
 )
@@ -112,3 +118,10 @@ def test_accumulation_is_whole_or_refused_with_what_fits() -> None:
         rules.accumulation(config, 2, 1)
     with pytest.raises(ValueError, match=r"train\.global_batch_size=63"):
         rules.accumulation(config, 3, 1)
+
+
+@pytest.mark.parametrize("where", ["gs://bucket/run", "s3://", "file:///x"])
+def test_checkpoints_lie_in_a_folder_or_below_s3(where: str) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir is .*; write a folder, or s3://BUCKET/PREFIX"):
+        smoke(f"checkpoint.dir={where}")
+    assert smoke("checkpoint.dir=s3://bucket/run", "checkpoint.keep_every=1000").checkpoint.keep_every == 1000

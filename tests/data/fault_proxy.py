@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
@@ -34,6 +35,8 @@ class Fault:
 
 @dataclass
 class _Connection:
+    passed: Counter[str]
+    path: str = ""
     fault: Fault | None = None
     sent: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -42,11 +45,14 @@ class _Connection:
 class FaultProxy:
     """Listens on a free port of 127.0.0.1 and passes everything on to `upstream`, a port of the same machine.
 
-    hits: responses broken so far; requests: seen so far. Usable from any thread.
+    hits: responses broken so far; requests: seen so far, gets: of those the GETs of each path; passed: bytes of the
+    store's responses to requests for each path, headers included. Usable from any thread.
     """
 
     def __init__(self, upstream: int) -> None:
         self.upstream, self.hits, self.requests = upstream, 0, 0
+        self.passed: Counter[str] = Counter()
+        self.gets: Counter[str] = Counter()
         self._fault: Fault | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -84,12 +90,14 @@ class FaultProxy:
         return fault
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection, up = _Connection(), None
+        connection, up = _Connection(self.passed), None
         back: asyncio.Task[None] | None = None
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 self.requests += 1
+                method, connection.path = head.split(b"\r\n")[0].decode("latin-1").split(" ")[:2]
+                self.gets[connection.path] += method == "GET"
                 connection.fault, connection.sent = self._take(head.split(b"\r\n")[0]), 0
                 fault = connection.fault
                 if fault and fault.kind == "refuse":
@@ -120,6 +128,7 @@ async def _pass_back(down: asyncio.StreamReader, writer: asyncio.StreamWriter, c
     with contextlib.suppress(OSError):
         while data := await down.read(1 << 16):
             fault = connection.fault
+            connection.passed[connection.path] += len(data)
             if fault and fault.kind == "delay" and not connection.sent:
                 await asyncio.sleep(fault.seconds)
             if fault and fault.kind != "delay" and connection.sent + len(data) > fault.after:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.cache import ShardCache
+from data.cache import Object, ShardCache, stamp
 from data.s3 import BudgetSpentError, DataError, open_folder
 from tests.data.conftest import ObjectStore
 
@@ -88,7 +88,7 @@ def test_a_failed_fetch_leaves_nothing_and_the_next_succeeds(
 ) -> None:
     cache, folder = ShardCache(str(tmp_path), 1000), open_folder(objects, store.endpoint_url)
 
-    def broken(name: str, target: object, etag: str | None = None) -> int:
+    def broken(name: str, *rest: object) -> int:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -121,7 +121,7 @@ def test_a_spent_budget_is_not_spent_again_by_those_who_waited(
 ) -> None:
     folder, tries = open_folder(objects, store.endpoint_url), []
 
-    def in_vain(name: str, target: object, etag: str | None = None) -> int:
+    def in_vain(name: str, *rest: object) -> int:
         tries.append(name)
         time.sleep(0.5)
         raise BudgetSpentError(f"{name} gave up")
@@ -147,6 +147,23 @@ def test_wrong_sizes_are_refused(store: ObjectStore, objects: str, tmp_path: Pat
     with pytest.raises(DataError, match=r"100 bytes exceed the shard cache of 99 bytes; raise data\.cache_gb"):
         read(ShardCache(str(tmp_path), 99), store, objects, "a")
     assert not list(tmp_path.glob("*.object"))
+
+
+def test_fetching_ahead_makes_room_only_by_what_is_wanted_less(
+    store: ObjectStore, objects: str, tmp_path: Path
+) -> None:
+    cache, folder = ShardCache(str(tmp_path), 300), open_folder(objects, store.endpoint_url)
+    a, b, c, d = (Object(folder, name, 100) for name in "abcd")
+    assert all(cache.fetch(item, wanted_ns, spare_ns=0) for item, wanted_ns in ((a, 3000), (b, 1000), (c, 2000)))
+    assert not cache.fetch(d, wanted_ns=1500, spare_ns=999)
+    assert gets(store, objects, "d") == 0
+    assert cache.files() == {cache.path(item).name for item in (a, b, c)}
+    assert cache.fetch(d, wanted_ns=1500, spare_ns=1000)
+    assert cache.fetch(d, wanted_ns=1500, spare_ns=0), "it lies there"
+    assert cache.files() == {cache.path(item).name for item in (a, c, d)}
+    stamp(cache.path(a), 0)
+    read(cache, store, objects, "b")  # who waits for an object takes the room of the least wanted
+    assert cache.files() == {cache.path(item).name for item in (b, c, d)}
 
 
 def test_local_files_pass_straight_through(tmp_path: Path) -> None:

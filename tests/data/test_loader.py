@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import re
 import shutil
@@ -6,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import torch
 
 from data.batch import Batch
 from data.demo import CAPTIONS, digits
+from data.index import Index
 from data.loader import Loader
-from data.manifest import Manifest, read_manifest
+from data.manifest import Manifest, Shard, read_manifest
 from data.order import Order
 from data.s3 import DataError
 from tests.data.conftest import ObjectStore
@@ -89,12 +92,91 @@ def test_batches_from_s3_equal_those_from_disk(
     order: Order, manifest: Manifest, store: ObjectStore, digits_on_s3: str, tmp_path: Path
 ) -> None:
     remote = read_manifest(digits_on_s3, store.endpoint_url)
-    places = {"cache_dir": str(tmp_path / "cache"), "endpoint_url": store.endpoint_url}
+    places: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "endpoint_url": store.endpoint_url}
     store.gets.clear()
     loader = Loader(Order(remote, seed=1, global_batch_size=G), remote, steps=3, **places)
     assert all(same(a, b) for a, b in zip(loader, Loader(order, manifest, steps=3), strict=True))
     assert all(count == 1 for path, count in store.gets.items() if path.endswith((".tar", ".idx")))
     assert loader.total_wait_s >= loader.last_wait_s > 0
+
+
+@pytest.fixture
+def todays_credentials(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loader processes with this process's environment: their server may have started before the store."""
+    monkeypatch.setattr("data.loader.worker_context", lambda: multiprocessing.get_context("spawn"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("todays_credentials")
+def test_look_ahead_brings_every_shard_of_a_node_once_and_ends_with_the_iteration(
+    order: Order, manifest: Manifest, store: ObjectStore, digits_on_s3: str, tmp_path: Path
+) -> None:
+    remote = read_manifest(digits_on_s3, store.endpoint_url)
+    remote_order = Order(remote, seed=1, global_batch_size=G)
+    store.gets.clear()
+    places: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "endpoint_url": store.endpoint_url}
+    ranks = [
+        Loader(remote_order, remote, steps=14, rank=rank, world_size=2, local_world_size=2, workers=1, **places)
+        for rank in range(2)
+    ]
+    before = set(multiprocessing.active_children())
+    batches = [iter(loader) for loader in ranks]
+    companions = [p for p in multiprocessing.active_children() if p not in before]
+    assert len(companions) == 3, "a loader process for each rank, and one look-ahead for the node"
+    for step, parts in enumerate(zip(*batches, strict=True)):
+        assert sum((part.keys for part in parts), ()) == tuple(keys_of(order, manifest, step))
+    assert all(count == 1 for path, count in store.gets.items() if path.endswith((".tar", ".idx")))
+    assert sum(path.endswith(".tar") for path in store.gets) == 10
+    assert not [process for process in companions if process.is_alive()]
+
+
+def keys_of(order: Order, manifest: Manifest, step: int) -> tuple[str, ...]:
+    (batch,) = Loader(order, manifest, start_step=step, steps=step + 1)
+    return batch.keys
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("todays_credentials")
+def test_a_run_goes_on_without_its_look_ahead(
+    store: ObjectStore, digits_on_s3: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = read_manifest(digits_on_s3, store.endpoint_url)
+    remote_order = Order(remote, seed=1, global_batch_size=G)
+    before = set(multiprocessing.active_children())
+    loader = Loader(
+        remote_order, remote, steps=8, workers=1, cache_dir=str(tmp_path), endpoint_url=store.endpoint_url, prefetch=1
+    )
+    look_ahead: list[Any] = []
+    starting = loader._look_ahead
+    loader._look_ahead = lambda context: look_ahead.append(starting(context)) or look_ahead[0]  # type: ignore[method-assign,func-returns-value]
+    batches = iter(loader)
+    look_ahead[0]._process.kill()
+    look_ahead[0]._process.join()
+    with caplog.at_level("WARNING"):
+        assert len(list(batches)) == 8
+    assert "the look-ahead process died; shards are fetched when they are needed" in caplog.text
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_raw_rows_are_what_was_made_of_them_with_their_keys(order: Order, manifest: Manifest) -> None:
+    (batch,) = Loader(order, manifest, start_step=3, steps=4)
+    for workers in (0, 1):
+        (raw,) = Loader(order, manifest, start_step=3, steps=4, workers=workers).raw(read_text)
+        assert (raw.step, list(raw.rows), raw.keys) == (3, list(range(G)), batch.keys)
+        assert raw.made == batch.captions
+
+
+def read_text(file: int, shard: Shard, index: Index, sample: int) -> str:
+    offset, size = index.members(sample)["txt"][0:2]
+    return os.pread(file, size, offset).decode()
+
+
+def test_prefetched_batches_are_bounded_in_bytes(order: Order, manifest: Manifest) -> None:
+    batch = G * 8 * 8 * 4
+    for gigabytes, expected in ((1.0, 7), (3.5 * 2 * batch / 1e9, 3), (2.01 * batch / 1e9, 1)):
+        assert Loader(order, manifest, steps=1, workers=2, prefetch=7, prefetch_gb=gigabytes).prefetch == expected
+    with pytest.raises(ValueError, match=r"2 loader processes with a batch of .* exceed\s+data\.prefetch_gb=.*lower"):
+        Loader(order, manifest, steps=1, workers=2, prefetch_gb=1.9 * batch / 1e9)
 
 
 def copy(manifest_folder: Path, tmp_path: Path) -> Path:

@@ -46,6 +46,28 @@ def orders(draw: st.DrawFn) -> Order:
     return Order(manifest, seed=seed, global_batch_size=size, lanes=lanes, small_buckets="repeat")
 
 
+@settings(max_examples=40, deadline=None)
+@given(order=orders(), epoch=st.integers(0, 2), data=st.data())
+def test_visits_name_every_shard_that_rows_read_and_when(order: Order, epoch: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, order.global_batch_size - 1))
+    rows = range(start, data.draw(st.integers(start + 1, order.global_batch_size)))
+    visits = order.visits(epoch, rows)
+    entries = list(zip(visits.shard.tolist(), visits.first.tolist(), visits.last.tolist(), strict=True))
+    read = [
+        (shard, step)
+        for step in range(order.steps_through(epoch - 1), order.steps_through(epoch))
+        for shard in order.step(step, rows).shard.tolist()
+    ]
+    assert {shard for shard, _ in read} <= {shard for shard, _, _ in entries}
+    assert all(any(s == shard and first <= step <= last for s, first, last in entries) for shard, step in read)
+    assert (np.diff(visits.first) >= 0).all()
+    samples = {int(n): int(c) for s in order.streams for n, c in zip(s.shards, s.samples, strict=True)}
+    used = sum(samples[s] * share for s, share in zip(visits.shard.tolist(), visits.share.tolist(), strict=True))
+    assert used == pytest.approx(len(read))
+    if rows == range(order.global_batch_size):
+        assert {shard for shard, _ in read} == {shard for shard, _, _ in entries}
+
+
 def pairs(order: Order, steps: range) -> list[tuple[int, int, int]]:
     found = []
     for step in steps:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from data.buckets import Bucket
+from data.contents import Contents
 from data.index import index_tar, write_index
 from data.s3 import DataError
 from data.samples import Sample, SampleError, read_sample
@@ -30,7 +31,7 @@ def read(folder: Path, members: dict[str, bytes], channels: int = 3, cut: bool =
     if cut:
         os.truncate(folder / "x.tar", 600)
     with open(folder / "x.tar", "rb") as file:
-        return read_sample(file.fileno(), shard, index, 0, channels)
+        return read_sample(file.fileno(), shard, index, 0, Contents(channels=channels))
 
 
 def test_pixels_are_scaled_to_minus_one_to_one_with_channels_first(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_caption_may_come_from_json(tmp_path: Path) -> None:
         ({"k.png": png(GRAY) + bytes(17 << 20), "k.txt": b""}, r"k\.png: \d+ bytes where at most \d+ are taken"),
         ({"k.png": png(GRAY), "k.txt": b"a" * (2 << 20)}, r"k\.txt: 2097152 bytes where at most 1048576 are taken"),
         (
-            {"k.png": png(GRAY), "k.json": b'{"caption": ["a"]}'},
+            {"k.png": png(GRAY), "k.json": b'{"caption": ["a", 3]}'},
             "sample k: unreadable caption .*a list in place of a text",
         ),
         ({"k.png": png(GRAY)}, "sample k: no caption"),

@@ -30,7 +30,7 @@ if ! "${buildah[@]}" inspect --type image localhost/base >/dev/null 2>&1; then
 fi
 
 revision=$(git -C "$root" describe --always --abbrev=40 --dirty=+)
-"${buildah[@]}" bud --isolation chroot --network host --format docker --layers --pull-never "${policy[@]}" \
+"${buildah[@]}" bud --isolation chroot --network host --format docker --pull-never "${policy[@]}" \
     --build-arg BASE=localhost/base --build-arg REVISION="$revision" \
     --file "$root/docker/Dockerfile" --tag localhost/twinflow-trainer "$root"
 "${buildah[@]}" inspect --type image --format '{{.Docker.Config.User}} {{.Docker.Config.Entrypoint}}' localhost/twinflow-trainer

@@ -52,6 +52,26 @@ def test_base_checkpoint_starts_the_second_embedding_as_a_copy(folder: Path) -> 
     assert_holds(model, stored | copies)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_that_begin_and_end_within_rows_are_filled_from_the_files(folder: Path, parts: int) -> None:
+    """As an engine holds them that cuts flattened parameters; a base checkpoint's second embedding is a copy here, too."""
+    whole = fresh(folder)
+    whole.load(str(folder))
+    pieces: dict[str, list[Tensor]] = {}
+    for part in range(parts):
+        model = fresh(folder)
+        for name, parameter in model.named_parameters():
+            size = -(-parameter.numel() // parts)
+            start = min(part * size, parameter.numel())
+            local = torch.full((min(size, parameter.numel() - start),), float("nan"))
+            parameter.flat_part = weights.FlatPart(tuple(parameter.shape), start, local)  # type: ignore[attr-defined]
+            pieces.setdefault(name, []).append(local)
+        model.load(str(folder))
+        assert all(parameter.isnan().all() for parameter in model.parameters()), "a whole parameter was filled"
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(torch.cat(pieces[name]), parameter.detach().flatten()), name
+
+
 def test_trained_second_embedding_survives_the_round_trip(folder: Path, backbone: QwenImage, tmp_path: Path) -> None:
     state = perturbed(backbone)
     backbone.export(str(tmp_path / "out"), state)

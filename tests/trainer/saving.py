@@ -9,7 +9,9 @@ import torch
 
 from configs.schema import Checkpoint, Ema, Optimizer
 from tests.trainer.engines import toy
+from trainer import checkpoint_store
 from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_store import CheckpointStore, LocalCheckpoints
 from trainer.engines.engine import TensorPart
 from trainer.engines.fsdp2 import FSDP2, FSDP2Options
 
@@ -22,8 +24,15 @@ def numbered(step: int) -> dict[str, torch.Tensor]:
     return {"w": torch.arange(6.0).reshape(2, 3) + step, "b": torch.full((4,), float(step))}
 
 
-def alone(folder: Path, keep_last: int = 2) -> Checkpoints:
-    return Checkpoints(folder, Checkpoint(keep_last=keep_last), {"engine": "fsdp2"})
+def alone(folder: Path | str | CheckpointStore, keep_last: int = 2, keep_every: int = 0) -> Checkpoints:
+    options = Checkpoint(keep_last=keep_last, keep_every=keep_every)
+    return Checkpoints(folder, options, {"engine": "fsdp2"})
+
+
+def latest(folder: Path) -> Path | None:
+    """Folder of the newest complete checkpoint."""
+    name = checkpoint_store.latest(LocalCheckpoints(folder))
+    return None if name is None else folder / name
 
 
 def small_engine(teacher: str = "online", **options: Any) -> FSDP2:

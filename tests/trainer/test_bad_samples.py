@@ -62,7 +62,9 @@ class _Engine:
 
 def test_a_checkpoint_carries_the_count(tmp_path: Path) -> None:
     engine: Any = _Engine()
-    Checkpoints(tmp_path, Checkpoint(), {}).save(engine, 7, 1.0, bad_samples=3)
+    first = Checkpoints(tmp_path, Checkpoint(), {})
+    first.save(engine, 7, 1.0, bad_samples=3)
+    first.finish()
     assert Checkpoints(tmp_path, Checkpoint(), {}).resume(engine).bad_samples == 3
 
 
@@ -82,6 +84,7 @@ def stop_with(folder: str, counts: list[int]) -> tuple[str, int]:
         objective=TwinFlow(),
         config=SimpleNamespace(train=train),
         stop=SimpleNamespace(requested=0),
+        nets=SimpleNamespace(step_calls=(0, 0)),
         agreement=Agreement(30.0),
         bad_samples=BadSamples(order, 0.1),
     )

@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.trainer.engines import toy
-from tests.trainer.saving import alone, numbered, parts_of, small_engine
-from trainer import certificate, checkpoint
+from tests.trainer.saving import alone, latest, numbered, parts_of, small_engine
+from trainer import certificate, checkpoint, checkpoint_store
 from trainer.certificate import CheckpointError
+from trainer.checkpoint_parts import Written, describe, merge
+from trainer.checkpoint_store import LocalCheckpoints
 from trainer.engines.engine import TensorPart
 from trainer.engines.fsdp2 import FSDP2
 
@@ -52,7 +54,8 @@ def _train_and_save(folder: str, options: dict[str, Any], steps: int, until: int
     _train(engine, range(steps))
     checkpoints.save(engine, steps, seconds=1.5)
     saved = _whole(engine)
-    _train(engine, range(steps, until))
+    _train(engine, range(steps, until))  # while the save is being written
+    checkpoints.finish()
     return saved, _state(engine)
 
 
@@ -66,9 +69,11 @@ def _resume(folder: str, options: dict[str, Any], until: int) -> Any:
 
 def _all_parts(folder: str, ranks: int) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint, read as one rank reads it."""
-    path = certificate.latest(Path(folder))
+    store = LocalCheckpoints(Path(folder))
+    path = checkpoint_store.latest(store)
     assert path is not None
-    names = {(g, n): s for g, named in certificate.read(path).tensors.items() for n, s in named.items()}
+    tensors = checkpoint_store.read(store, path).tensors
+    names = {(g, n): s for g, named in tensors.items() for n, s in named.items()}
     parts = [TensorPart(g, n, s.shape, 0, torch.full(s.shape, float("nan")).view(-1)) for (g, n), s in names.items()]
     alone(Path(folder)).read(path, parts)
     return {f"{part.group}/{part.name}": part.local for part in parts}
@@ -123,18 +128,22 @@ def test_save_twice_at_one_step_writes_once_and_a_fresh_process_replaces(tmp_pat
 
     engine: Any = Fixed()
     checkpoints.save(engine, 5, seconds=2.0)
-    path = certificate.latest(tmp_path)
+    checkpoints.finish()
+    path = latest(tmp_path)
     assert path is not None
     written = (path / certificate.NAME).stat().st_mtime_ns
     checkpoints.save(engine, 5, seconds=2.0)
+    checkpoints.finish()
     assert (path / certificate.NAME).stat().st_mtime_ns == written
     engine.step = 8
-    alone(tmp_path).save(engine, 5, seconds=3.0)
+    fresh = alone(tmp_path)
+    fresh.save(engine, 5, seconds=3.0)
+    fresh.finish()
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000005"]
     target = numbered(0)
     found = checkpoints.read(path, parts_of(target))
     assert torch.equal(target["w"], numbered(8)["w"])
-    assert (found.step, found.metadata, found.counters["training_seconds"]) == (5, {"engine": "fsdp2"}, 3.0)
+    assert (found.step, found.metadata["engine"], found.counters["training_seconds"]) == (5, "fsdp2", 3.0)
 
 
 def test_only_the_newest_complete_checkpoints_stay(tmp_path: Path) -> None:
@@ -142,7 +151,7 @@ def test_only_the_newest_complete_checkpoints_stay(tmp_path: Path) -> None:
     for step in (5, 10, 100000000, 20):
         checkpoints.write(step, parts_of(numbered(step)), {})
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000020", "step_100000000"]
-    assert certificate.latest(tmp_path) == tmp_path / "step_100000000"
+    assert latest(tmp_path) == tmp_path / "step_100000000"
     with pytest.raises(ValueError, match="keep_last is 0"):
         alone(tmp_path, keep_last=0)
 
@@ -180,10 +189,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_reading_it_says_what_to_do(
 ) -> None:
     checkpoints = alone(tmp_path)
     for step in (5, 10):
-        newest = checkpoints.write(step, parts_of(numbered(step)), {})
+        newest = tmp_path / checkpoints.write(step, parts_of(numbered(step)), {})
     damage(newest)
     with caplog.at_level(logging.WARNING):
-        assert certificate.latest(tmp_path) == tmp_path / "step_00000005"
+        assert latest(tmp_path) == tmp_path / "step_00000005"
     assert str(newest) in caplog.text
     with pytest.raises(CheckpointError, match=r"step_00000010.*(earlier|restore)"):
         checkpoints.read(newest, parts_of(numbered(0)))
@@ -192,19 +201,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_reading_it_says_what_to_do(
 def test_a_newer_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
     checkpoints = alone(tmp_path)
     for step in (5, 10):
-        newest = checkpoints.write(step, parts_of(numbered(step)), {})
+        newest = tmp_path / checkpoints.write(step, parts_of(numbered(step)), {})
     content = json.loads((newest / certificate.NAME).read_text())
     (newest / certificate.NAME).write_text(json.dumps({**content, "format": certificate.FORMAT + 1}))
     with pytest.raises(CheckpointError, match="open the run with the version that wrote it"):
-        certificate.latest(tmp_path)
+        latest(tmp_path)
 
 
 def test_a_certificate_cannot_point_outside_its_folder(tmp_path: Path) -> None:
-    path = alone(tmp_path).write(5, parts_of(numbered(5)), {})
+    path = tmp_path / alone(tmp_path).write(5, parts_of(numbered(5)), {})
     text = (path / certificate.NAME).read_text()
     (path / certificate.NAME).write_text(text.replace("rank_00000.safetensors", "../rank_00000.safetensors"))
     with pytest.raises(CheckpointError, match="damaged"):
-        certificate.read(path)
+        checkpoint_store.read(LocalCheckpoints(tmp_path), path.name)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +236,9 @@ def test_parts_that_leave_a_gap_or_overlap_are_not_published(tmp_path: Path) -> 
     whole = torch.arange(6.0)
     for first, second in (((0, 2), (3, 6)), ((0, 4), (3, 6))):
         bad = [TensorPart("parameter", "w", (6,), a, whole[a:b]) for a, b in (first, second)]
-        described = [[("parameter", "w", checkpoint._describe(part, "f"))] for part in bad]
-        merged = certificate.Certificate(1, {}, {}, {}, checkpoint._merge(described))
+        merged = certificate.Certificate(1, {}, {}, {}, merge([Written("f", 9, [describe(part)]) for part in bad]))
         with pytest.raises(CheckpointError, match=r"parameter/w .* leave gaps or overlap"):
             certificate.check_coverage(merged)
     with pytest.raises(CheckpointError, match="leave gaps"):
         alone(tmp_path).write(1, [TensorPart("parameter", "w", (6,), 0, whole[:4])], {})
-    assert certificate.latest(tmp_path) is None
+    assert latest(tmp_path) is None

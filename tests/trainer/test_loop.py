@@ -16,6 +16,7 @@ from trainer.engines.distributed import Agreed, Word
 from trainer.loop import StepRefused
 from trainer.observe.counting import PassCounts
 from trainer.observe.metrics import Clock, Tally
+from trainer.updates import Made, Updates
 
 
 class Recorder:
@@ -35,10 +36,11 @@ class Recorder:
         self.stages = lambda name: contextlib.nullcontext()
         self.order = SimpleNamespace(stream=lambda step: SimpleNamespace(name="only"))
         self.stop = SimpleNamespace(requested=0)
-        self.bad_samples = SimpleNamespace(add=lambda step, count: None, in_epoch=0)
+        self.nets, self.profiler, self.updates = SimpleNamespace(step_calls=(0, 0)), None, Updates()
+        self.bad_samples = SimpleNamespace(add=lambda step, count, replaced: None, in_epoch=0)
         self.agreement = SimpleNamespace(agree=lambda step, word: said or Agreed(word.stop, (), 0))
-        self.showcase = SimpleNamespace(held_out=self.note("held-out"), grids=self.note("grids"))
-        self.checkpoints = SimpleNamespace(save=self.note("save"))
+        self.showcase = SimpleNamespace(held_out=self.note("held-out"), grids=self.note("grids"), counters=dict)
+        self.checkpoints = SimpleNamespace(save=self.note("save"), finish=self.note("finish"), outcomes=list)
 
     def note(self, what: str) -> Any:
         return lambda *_: self.calls.append((what, self.step))
@@ -47,7 +49,7 @@ class Recorder:
 @pytest.fixture
 def cheap_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "train_step", lambda run, batch, tally: None)
-    monkeypatch.setattr(loop, "log", lambda run, tally, clock, recent, bar: recent.keys.clear())
+    monkeypatch.setattr(loop, "log", lambda *_: None)
 
 
 def batches(count: int) -> list[Any]:
@@ -59,7 +61,7 @@ def test_the_end_of_the_run_is_shown_once() -> None:
     """After the last step only the save is left: the final pictures and scores belong to the conclusion."""
     run: Any = Recorder(batches(4))
     assert loop.fit(run)
-    assert run.calls == [("held-out", 2), ("grids", 2), ("save", 2), ("save", 4)]
+    assert run.calls == [("held-out", 2), ("grids", 2), ("save", 2), ("save", 4), ("finish", 4)]
 
 
 @pytest.mark.usefixtures("cheap_steps")
@@ -68,7 +70,7 @@ def test_a_request_to_stop_saves_and_says_that_steps_are_left() -> None:
     agreed = iter([Agreed(0, (), 0), Agreed(15, (), 0)])
     run.agreement = SimpleNamespace(agree=lambda step, word: next(agreed))
     assert not loop.fit(run)
-    assert (run.step, run.calls) == (1, [("save", 1)])
+    assert (run.step, run.calls) == (1, [("save", 1), ("finish", 1)])
 
 
 @pytest.mark.parametrize("trouble", [DataError("shard 3 is gone"), KeyError("jpg")])
@@ -106,30 +108,39 @@ def test_a_log_entry_speaks_of_the_steps_since_the_last_one() -> None:
     run: Any = Recorder(batches(4))
     run.step, run.objective = 2, SimpleNamespace(effective_guidance=2.0)
     run.nets = SimpleNamespace(drain=lambda: PassCounts(6, 4, 40, 16, 0, flops=3 * 10**12))
-    run.encoding = SimpleNamespace(text=SimpleNamespace(truncated=0))
+    run.encoding = SimpleNamespace(truncated=0)
     run.stages = SimpleNamespace(drain=lambda: {"targets": 0.4})
     entries: dict[int, dict[str, float]] = {}
     run.tracker = SimpleNamespace(metrics=entries.__setitem__)
     now = iter([0.0, 1.0])
-    clock, recent, tally = Clock(now=lambda: next(now)), loop.Recent(), Tally("cpu")
-    for batch in batches(2):
-        recent.add(batch)
+    clock, tally = Clock(now=lambda: next(now)), Tally("cpu")
+    for _ in range(2):
         clock.step(2)
         tally.add_terms({"loss": torch.tensor(3.0)})
         tally.add_scalars({"grad_norm": torch.tensor(1.0)})
         tally.end_step()
-    loop.log(run, tally, clock, recent, SimpleNamespace(set_postfix_str=lambda *_, **__: None))
+    loop.log(run, tally, clock, SimpleNamespace(set_postfix_str=lambda *_, **__: None), 2)
     entry = entries[2]
     assert entry["tflops_per_second"] == pytest.approx(3.0)
     assert (entry["loss"], entry["step_seconds"], entry["images_per_second"]) == (3.0, 0.5, 4.0)
     assert (entry["passes/no_grad"], entry["passes/rows_graded"], entry["seconds/targets"]) == (3.0, 8.0, 0.2)
-    assert (run.seconds, recent.keys) == (1.0, {})
+    assert (run.seconds, entry["skipped_steps"]) == (1.0, 0.0)
 
 
-def test_only_finite_gradients_pass() -> None:
-    for value in (float("nan"), float("inf")):
-        recent = loop.Recent(grad_norm=value)
-        recent.add(batches(4)[3])
-        with pytest.raises(StepRefused, match=r"between steps 3 and 3.*step 3: a, b"):
-            recent.refuse_non_finite()
-    loop.Recent({3: ("a",)}, grad_norm=2.0).refuse_non_finite()
+def test_nothing_is_saved_after_an_update_that_was_left_out() -> None:
+    """The logged step that would notice may come later than the save."""
+    run: Any = Recorder(batches(4))
+    run.updates.add(Made(3, ("a", "b"), torch.tensor(1.0), torch.tensor(float("nan"))))
+    with pytest.raises(StepRefused, match=r"step 3: .*rank 0: a, b.*train\.non_finite=skip"):
+        loop.save(run)
+    assert run.calls == []
+
+
+def test_the_policy_to_skip_goes_on_and_says_so() -> None:
+    run: Any = Recorder(batches(4))
+    run.config.train.non_finite, events = "skip", []
+    run.tracker = SimpleNamespace(event=lambda what, **said: events.append((what, said["message"])))
+    run.updates.add(Made(3, ("a", "b"), torch.tensor(float("inf")), torch.tensor(float("nan"))))
+    loop.save(run)
+    assert run.calls == [("save", 0)] and run.updates.skipped == 1
+    assert events[0][0] == "update left out" and "step 3: a loss was not finite" in events[0][1]

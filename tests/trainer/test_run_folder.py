@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,35 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_changed_is_told_so_that_the_journal_can_say_it(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert start(path).changes == ()
+    train_a_little(path)
+    going_on = start(path, "train.steps=2000", "train.micro_batch_size=8", allow=("train.steps",))
+    assert going_on.changes == (("train.steps", 1000, 2000), ("train.micro_batch_size", 32, 8))
+    assert start(path, "train.steps=2000", "train.micro_batch_size=8").changes == ()
+
+
+def test_checkpoints_that_stay_behind_are_missed(tmp_path: Path) -> None:
+    """Another checkpoint.dir would silently begin at step 0."""
+    path, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    start(path)
+    train_a_little(path)
+    with pytest.raises(RunRefused, match=rf"in {path}/checkpoints and checkpoint.dir is {elsewhere} now"):
+        start(path, f"checkpoint.dir={elsewhere}")
+    shutil.copytree(path / "checkpoints", elsewhere)
+    (elsewhere / "owner").write_text(json.loads((path / "run.json").read_text())["id"])
+    start(path, f"checkpoint.dir={elsewhere}")
+
+
+def test_two_runs_do_not_share_a_checkpoint_dir(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    start(tmp_path / "one", f"checkpoint.dir={shared}")
+    start(tmp_path / "one", f"checkpoint.dir={shared}")
+    with pytest.raises(RunRefused, match=rf"{shared} holds the checkpoints of another run than {tmp_path}/two"):
+        start(tmp_path / "two", f"checkpoint.dir={shared}")
+    (tmp_path / "unowned" / "step_00000005").mkdir(parents=True)
+    with pytest.raises(RunRefused, match="no run says"):
+        start(tmp_path / "three", f"checkpoint.dir={tmp_path / 'unowned'}")

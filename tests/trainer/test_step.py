@@ -16,6 +16,7 @@ from models.backbone import Conditioning
 from models.backbones.qwen_image import QwenImage
 from tests.ranks import run_ranks
 from tests.trainer.engines.sameness import assert_same, errors
+from trainer.engines.engine import whole
 from trainer.engines.fsdp2 import FSDP2, FSDP2Options
 from trainer.objectives.objective import Nets, Rows
 from trainer.objectives.roles import assign
@@ -91,13 +92,7 @@ def sharded_gradients(folder: Path, cases: list[tuple[torch.dtype, bool, int]]) 
         for loss in losses(engine.nets, dist.get_rank(), dist.get_world_size(), micro_batch_size, dtype):
             engine.backward(loss)
         engine.step(1e-3)
-        mine = [(p.name, p.shape, p.start, p.local / (1 - BETA)) for p in engine.parts() if p.group == "exp_avg"]
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        whole = {name: torch.empty(shape, dtype=local.dtype) for name, shape, _, local in mine}
-        for name, _, start, local in (part for rank in everyone for part in rank):
-            whole[name].view(-1)[start : start + local.numel()] = local
-        found.append(whole)
+        found.append({name: m / (1 - BETA) for name, m in whole(engine, "exp_avg").items()})
     return found
 
 

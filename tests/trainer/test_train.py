@@ -106,6 +106,12 @@ def final_tensors(run: Path) -> dict[str, bytes]:
     }
 
 
+def final_counters(run: Path) -> dict[str, float]:
+    """Scalars of the state; the time that was spent is another one."""
+    certificate = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "certificate.json").read_text())
+    return {name: value for name, value in certificate["counters"].items() if name != "training_seconds"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_interrupted_and_resumed_ends_bit_equal(assets: Path, tmp_path: Path) -> None:
@@ -138,6 +144,8 @@ def test_killed_interrupted_and_resumed_ends_bit_equal(assets: Path, tmp_path: P
     expected, found = final_tensors(quiet), final_tensors(troubled)
     assert expected.keys() == found.keys() and expected
     assert [name for name in expected if expected[name] != found[name]] == []
+    assert final_counters(quiet) == final_counters(troubled)
+    assert final_counters(quiet)["collapse_checks"] == 2
 
     summary = json.loads((troubled / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["steps"] == STEPS and summary["engine"] == "fsdp2"

@@ -16,12 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. rank: 0 .. world_size - 1; local_rank: the same within this machine."""
+    """This process among the others. rank: 0 .. world_size - 1; local_rank: the same within this machine, of
+    local_world_size."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    local_world_size: int = 1
 
 
 @contextlib.contextmanager
@@ -68,16 +70,17 @@ def _read_environment(device_type: str | None) -> World:
         if missing:
             raise RuntimeError(f"the environment has RANK but not {', '.join(missing)}: start the ranks with torchrun")
         rank, world_size, local_rank = (int(os.environ[name]) for name in names[:3])
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if device_type == "cpu":
-        return World(rank, world_size, local_rank, torch.device("cpu"))
+        return World(rank, world_size, local_rank, torch.device("cpu"), local_world_size)
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
         raise RuntimeError(
             f"rank {rank} is process {local_rank} of its machine, which shows {gpus} GPUs: start at most {gpus} "
             "processes here (runtime.nproc) or check CUDA_VISIBLE_DEVICES"
         )
-    return World(rank, world_size, local_rank, torch.device("cuda", local_rank))
+    return World(rank, world_size, local_rank, torch.device("cuda", local_rank), local_world_size)
 
 
 def default_device() -> torch.device:
@@ -95,12 +98,14 @@ def schedule_hash(*passes: object) -> int:
 @dataclass(frozen=True)
 class Word:
     """What one rank says in a step. stop: 0, or a reason to stop after this step (the largest wins); data_error: this
-    rank has no batch; bad_samples: samples that it could not read since the last step; schedule: schedule_hash."""
+    rank has no batch; bad_samples: samples that it could not read since the last step; schedule: schedule_hash; calls:
+    no-grad and graded network calls that it made in the step before."""
 
     stop: int = 0
     data_error: bool = False
     bad_samples: int = 0
     schedule: int = 0
+    calls: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class PendingAgreement:
         """Wait for every rank's word.
 
         Raises:
-            UnequalScheduleError: naming the step and what each rank plans.
+            UnequalScheduleError: naming the step and what each rank plans, or the calls that each rank has made.
             RuntimeError: a rank is gone, or silent for longer than the group's timeout.
         """
         try:
@@ -143,6 +148,12 @@ class PendingAgreement:
                 f"the ranks disagree on the passes of step {self._step} ({plans}). Roles and passes must follow from "
                 "configuration, step and row position alone: check that all ranks run the same code and configuration"
             )
+        if len({(row[5], row[6]) for row in rows}) > 1:
+            made = "; ".join(f"rank {rank}: {row[5]} no-grad, {row[6]} graded" for rank, row in enumerate(rows))
+            raise UnequalScheduleError(
+                f"the ranks made different network calls in step {self._step - 1} ({made}). Calls must follow from "
+                "configuration, step and row position alone, never from data or rank"
+            )
         return Agreed(
             stop=max(row[1] for row in rows),
             data_errors=tuple(rank for rank, row in enumerate(rows) if row[2]),
@@ -153,7 +164,7 @@ class PendingAgreement:
 class Agreement:
     """One small collective a step, on a gloo group of its own, so that it never waits for the device.
 
-    Words are gathered, not reduced: 40 bytes per rank buy messages that name ranks. Call it from one thread only (two
+    Words are gathered, not reduced: 56 bytes per rank buy messages that name ranks. Call it from one thread only (two
     threads on one gloo group abort the process). Building it is collective.
     """
 
@@ -163,7 +174,7 @@ class Agreement:
     def start(self, step: int, word: Word) -> PendingAgreement:
         """Send this rank's word for `step`; the answer may be awaited after other work."""
         rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
-        mine = torch.tensor([[step, word.stop, int(word.data_error), word.bad_samples, word.schedule]])
+        mine = torch.tensor([[step, word.stop, int(word.data_error), word.bad_samples, word.schedule, *word.calls]])
         said = mine.new_empty((size, mine.shape[1]))
         work = dist.all_gather_into_tensor(said, mine, group=self._group, async_op=True)
         return PendingAgreement(step, rank, said, work)

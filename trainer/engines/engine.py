@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trainer.objectives.objective import Nets
@@ -61,3 +63,15 @@ class Engine(Protocol):
 
     def full_state(self, which: str) -> dict[str, Tensor]:
         """All parameters by name on the CPU of rank 0, an empty dict elsewhere; which = online | ema."""
+
+
+def whole(engine: Engine, group: str) -> dict[str, Tensor]:
+    """Whole tensors of a group of the state from all ranks' parts; NaN where no rank has an element. Collective."""
+    mine = [(p.name, p.shape, p.start, p.local.clone()) for p in engine.parts() if p.group == group and p.owned]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    state: dict[str, Tensor] = {}
+    for name, shape, start, local in itertools.chain(*everyone):
+        tensor = state.setdefault(name, torch.full(shape, float("nan"), dtype=local.dtype))
+        tensor.view(-1)[start : start + local.numel()] = local
+    return state

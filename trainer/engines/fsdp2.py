@@ -11,16 +11,16 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from configs.schema import Ema as EmaOptions
 from configs.schema import Optimizer as OptimizerOptions
-from trainer.engines import optim, sharding
+from trainer.engines import optim, recompute, refusals, sharding
 from trainer.engines.distributed import default_device
-from trainer.engines.ema import Ema
 from trainer.engines.engine import TensorPart
 from trainer.engines.networks import Networks
+from trainer.engines.shards import Shard, ShardedState
 from trainer.objectives.objective import Nets
 
 
@@ -28,6 +28,13 @@ from trainer.objectives.objective import Nets
 class FSDP2Options:
     activation_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them."""
+    checkpoint_every: int = 1
+    """Which blocks recompute: every k-th one (or group); the others keep their activations. 1: all."""
+    checkpoint_group: int = 1
+    """Blocks that recompute as one and keep the input of the first alone; they are gathered as one unit, too."""
+    checkpoint_keep: str = "nothing"
+    """nothing | products: what a recomputing block keeps all the same: the results of matrix products and attention, so
+    that only what is cheap is computed again."""
     block_dtype: str = "float32"
     """float32 | bfloat16: what the backbone's blocks compute in. Times, inputs, the final projection and losses stay
     float32; a float64 model stays float64."""
@@ -38,6 +45,16 @@ class FSDP2Options:
     instead of one per pass, for the memory of the whole model in block_dtype on every rank."""
     replicate: int = 1
     """Copies of the sharded model; ranks / replicate share one (HSDP). 1 shards over all ranks."""
+    prefetch: int | None = None
+    """Blocks gathered ahead of the one that computes, forwards and backwards, each of which takes the memory of a gathered
+    block. null: as FSDP2 does, the next one."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients, moments and averages in host memory; the update runs on the CPU. Slow: for models that
+    do not fit otherwise."""
+    compile: bool = False
+    """Compile each block (torch.compile)."""
+    compile_backend: str = "inductor"
+    """Backend of torch.compile; aot_eager traces without generating kernels, for looking for faults."""
 
 
 class FSDP2:
@@ -67,39 +84,39 @@ class FSDP2:
     ) -> None:
         _check(options, ema, teacher)
         self.device = device or default_device()
-        self._mesh = _mesh(self.device, options.replicate)
-        self._max_grad_norm = optimizer.max_grad_norm
+        optim.refuse(optimizer, torch.device("cpu") if options.cpu_offload else self.device)
+        self.mesh = sharding.device_mesh(self.device, options.replicate)
         sharding.prepare_parameters(backbone)
         separate = copy.deepcopy(backbone).requires_grad_(False) if teacher != "online" else None
-        layout = sharding.Layout(self._mesh, options.block_dtype, options.reduce_dtype, options.keep_gathered)
-        self._online = sharding.shard(backbone, layout, options.activation_checkpointing)
-        sharding.fill(self._online, self.device, load)
+        layout = _layout(options, self.mesh)
+        self._online = sharding.shard(backbone, layout, _checkpointed_units(options, backbone))
+        sharding.fill(self._online, self.device, load, options.cpu_offload)
         self._teacher: nn.Module | None = None
         if separate is not None:
             self._teacher = sharding.shard(separate, layout)
-            sharding.fill(self._teacher, self.device, lambda module: sharding.copy_into(module, self._online))
+            sharding.fill(self._teacher, self.device, self._copy_online, options.cpu_offload)
         self._networks = Networks(self._online, self._teacher)
         self.nets = self._networks
         self._parameters = sharding.sharded_parameters(self._online)
-        # Plain tensors over the shards' memory: no DTensor dispatch in the update, and any optimizer will do.
-        trainable = {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
-        self._leaves = {name: nn.Parameter(sharding.local_part(parameter)) for name, parameter in trainable.items()}
-        self._optimizer = optim.build_optimizer(optimizer, list(self._leaves.values()))
+        averaged = None
         self._averages_in_teacher = teacher == "ema"
-        self._averaged = self._average_shards() if ema.decay else {}
-        self._ema = self._make_ema(ema.decay) if ema.decay else None
-        self._swapped = False
-
-    def _average_shards(self) -> dict[str, DTensor]:
         if self._averages_in_teacher and self._teacher is not None:
             of_teacher = sharding.sharded_parameters(self._teacher)
-            return {name: of_teacher[name] for name in self._leaves}
-        return {name: cast(DTensor, self._parameters[name].detach().clone()) for name in self._leaves}
+            averaged = {name: sharding.local_part(shard).view(-1) for name, shard in of_teacher.items()}
+        # Plain tensors over the shards' memory: no DTensor dispatch in the update, and any optimizer will do.
+        shards = {name: self._shard(parameter) for name, parameter in self._parameters.items()}
+        self._state = ShardedState(shards, optimizer, ema.decay, averaged, self.mesh.get_group("shard"))
+        self._swapped = False
 
-    def _make_ema(self, decay: float) -> Ema:
-        return Ema(
-            decay, [sharding.local_part(shard) for shard in self._averaged.values()], list(self._leaves.values())
-        )
+    def _shard(self, parameter: DTensor) -> Shard:
+        """This rank's rows of a parameter; one rank of a replicated group writes them into checkpoints."""
+        shape = tuple(parameter.shape)
+        start = sharding.shard_start(shape, self.mesh.get_local_rank("shard"), self.mesh.size(-1))
+        owned = self.mesh.ndim == 1 or self.mesh.get_local_rank("replicate") == 0
+        return Shard(shape, start, sharding.local_part(parameter).view(-1), parameter.requires_grad, owned)
+
+    def _copy_online(self, module: nn.Module) -> None:
+        sharding.copy_into(module, self._online)
 
     def _free_gathered(self) -> None:
         """Before shards are written: the next pass must gather anew."""
@@ -121,37 +138,25 @@ class FSDP2:
         """
         assert not self._swapped, "an optimizer step within weights('ema')"
         self._free_gathered()
-        missing = [name for name in self._leaves if self._parameters[name].grad is None]
+        trained = self._state.trainable
+        gradients = {name: self._parameters[name].grad for name in trained}
+        missing = [name for name, gradient in gradients.items() if gradient is None]
         if missing:
             raise RuntimeError(
-                f"{len(missing)} of {len(self._leaves)} trainable parameters got no gradient, first {missing[:3]}: "
+                f"{len(missing)} of {len(trained)} trainable parameters got no gradient, first {missing[:3]}: "
                 "call backward before step; parameters that never get one belong in the backbone's idle_parameters"
             )
-        for name, leaf in self._leaves.items():
-            leaf.grad = sharding.local_part(cast(DTensor, self._parameters[name].grad))
-        leaves = list(self._leaves.values())
-        norm = self._global_norm(leaves)
-        if self._max_grad_norm:
-            nn.utils.clip_grads_with_norm_(leaves, self._max_grad_norm, norm)
-        optim.apply_update(self._optimizer, learning_rate, torch.isfinite(norm))
-        for name, leaf in self._leaves.items():
-            leaf.grad = self._parameters[name].grad = None
-        return norm
-
-    def _global_norm(self, leaves: list[nn.Parameter]) -> Tensor:
-        # The shards of one replica hold every element once; float64 keeps the sum of squares from overflowing.
-        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None and leaf.numel()]
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        if gradients:
-            squares += nn.utils.get_total_norm(gradients).double().square()
-        dist.all_reduce(squares, group=self._mesh.get_group("shard"))
-        return squares.sqrt().to(leaves[0].dtype)
+        local = {name: sharding.local_part(cast(DTensor, gradient)).view(-1) for name, gradient in gradients.items()}
+        norm = self._state.update(local, learning_rate)
+        for name in trained:
+            self._parameters[name].grad = None
+        return norm.to(self.device)
 
     def update_ema(self) -> None:
         """Move the averaged weights once; after the optimizer step (law 4)."""
-        if self._ema is not None:
+        if self._state.ema is not None:
             self._free_gathered()
-            self._ema.update()
+            self._state.ema.update()
 
     @contextlib.contextmanager
     def weights(self, which: str) -> Iterator[None]:
@@ -160,22 +165,23 @@ class FSDP2:
         Raises:
             ValueError: unknown name, or no averaged weights are kept.
         """
-        _check_weights(which, self._ema)
-        if which == "online" or self._ema is None:
+        refusals.refuse_weights(which, self._state.ema is not None)
+        if which == "online":
             yield
         elif self._averages_in_teacher and self._teacher is not None:
             with self._networks.evaluate(self._teacher):
                 yield
         else:
-            self._exchange(self._ema)
+            self._exchange()
             try:
                 yield
             finally:
-                self._exchange(self._ema)
+                self._exchange()
 
-    def _exchange(self, ema: Ema) -> None:
+    def _exchange(self) -> None:
+        assert self._state.ema is not None
         self._free_gathered()
-        ema.swap()
+        self._state.ema.swap()
         self._swapped = not self._swapped
 
     def parts(self) -> Iterator[TensorPart]:
@@ -185,30 +191,15 @@ class FSDP2:
         """
         assert not self._swapped, "a checkpoint within weights('ema')"
         self._free_gathered()
-        owned = self._mesh.ndim == 1 or self._mesh.get_local_rank("replicate") == 0
-        for name, parameter in self._parameters.items():
-            shape = tuple(parameter.shape)
-            start = sharding.shard_start(shape, self._mesh.get_local_rank("shard"), self._mesh.size(-1))
-            tensors = {"parameter": sharding.local_part(parameter)}
-            if name in self._leaves:
-                state = self._optimizer.state[self._leaves[name]]
-                tensors |= {moment: state[moment] for moment in optim.MOMENTS}
-            if name in self._averaged:
-                tensors["ema"] = sharding.local_part(self._averaged[name])
-            for group, local in tensors.items():
-                yield TensorPart(group, name, shape, start, local.view(-1), owned)
+        return self._state.parts()
 
     def counters(self) -> dict[str, float]:
         """optimizer_step: updates made (skipped steps do not count); ema_decay: the decay rate k in force."""
-        steps = float(self._optimizer.state[next(iter(self._leaves.values()))]["step"])
-        return {"optimizer_step": steps} | ({"ema_decay": self._ema.k} if self._ema else {})
+        return self._state.counters()
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Put `counters()` of a checkpoint in force; KeyError where one is missing."""
-        for leaf in self._leaves.values():
-            self._optimizer.state[leaf]["step"].fill_(counters["optimizer_step"])
-        if self._ema:
-            self._ema.k = counters["ema_decay"]
+        """Put `counters()` of a checkpoint in force, and what was written to `parts()`; KeyError where one is missing."""
+        self._state.load_counters(counters)
 
     @torch.no_grad()
     def full_state(self, which: str) -> dict[str, Tensor]:
@@ -219,41 +210,43 @@ class FSDP2:
         Raises:
             ValueError: unknown name, or no averaged weights are kept.
         """
-        _check_weights(which, self._ema)
+        refusals.refuse_weights(which, self._state.ema is not None)
         state: dict[str, Tensor] = {}
-        rank = dist.get_rank()
-        for name, parameter in self._parameters.items():
-            full = (self._averaged.get(name, parameter) if which == "ema" else parameter).full_tensor()
-            if rank == 0:
-                state[name] = full.to("cpu", copy=True)
-        if rank == 0:
+        for name in self._parameters:
+            whole = self._state.gather(name, which)
+            if whole is not None:
+                state[name] = whole
+        if dist.get_rank() == 0:
             state |= sharding.persistent_buffers(self._online)
         return state
 
 
 def _check(options: FSDP2Options, ema: EmaOptions, teacher: str) -> None:
-    for knob in ("block_dtype", "reduce_dtype"):
-        if getattr(options, knob) not in ("float32", "bfloat16"):
-            raise ValueError(f"engine.{knob} is {getattr(options, knob)!r}; choose float32 or bfloat16")
-    if teacher not in ("online", "ema", "frozen"):
-        raise ValueError(f"teacher is {teacher!r}; choose online, ema or frozen")
-    if teacher == "ema" and not ema.decay:
-        raise ValueError(
-            "an ema teacher with ema.decay 0 is the online network itself: set teacher online, or ema.decay"
-        )
+    refusals.refuse_dtypes(options)
+    refusals.refuse_teacher(teacher, ema)
+    if options.checkpoint_keep not in recompute.KEEPS:
+        raise ValueError(f"engine.checkpoint_keep is {options.checkpoint_keep!r}; choose nothing or products")
+    for knob in ("checkpoint_every", "checkpoint_group"):
+        if getattr(options, knob) < 1:
+            raise ValueError(f"engine.{knob} is {getattr(options, knob)}; it must be 1 or more")
+    if options.prefetch is not None and options.prefetch < 0:
+        raise ValueError(f"engine.prefetch is {options.prefetch}; write the number of blocks, or null")
 
 
-def _check_weights(which: str, ema: Ema | None) -> None:
-    if which not in ("online", "ema"):
-        raise ValueError(f"weights are {which!r}; choose online or ema")
-    if which == "ema" and ema is None:
-        raise ValueError("no averaged weights are kept: set ema.decay above 0, or use the online weights")
+def _layout(options: FSDP2Options, mesh: DeviceMesh) -> sharding.Layout:
+    return sharding.Layout(
+        mesh,
+        options.block_dtype,
+        options.reduce_dtype,
+        options.keep_gathered,
+        offload=options.cpu_offload,
+        prefetch=options.prefetch,
+        compile=options.compile_backend if options.compile else None,
+    )
 
 
-def _mesh(device: torch.device, replicate: int) -> DeviceMesh:
-    ranks = dist.get_world_size()
-    if replicate < 1 or ranks % replicate:
-        raise ValueError(f"engine.replicate {replicate} must divide the number of ranks, {ranks}")
-    if replicate == 1:
-        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
+def _checkpointed_units(options: FSDP2Options, backbone: Any) -> list[list[nn.Module]] | None:
+    if not options.activation_checkpointing:
+        return None
+    every, group, keep = options.checkpoint_every, options.checkpoint_group, options.checkpoint_keep
+    return recompute.checkpoint_blocks(backbone, every, group, keep)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 _WRAPPER = "_checkpoint_wrapped_module."
@@ -18,12 +18,30 @@ _WRAPPER = "_checkpoint_wrapped_module."
 
 @dataclass(frozen=True)
 class Layout:
-    """mesh: dimension "shard", before it "replicate" for HSDP. block_dtype, reduce_dtype: float32 | bfloat16."""
+    """mesh: dimension "shard", before it "replicate" for HSDP. block_dtype, reduce_dtype: float32 | bfloat16. offload:
+    shards live in host memory. prefetch: units gathered ahead, None as FSDP2 does. compile: backend, None for eager."""
 
     mesh: DeviceMesh
-    block_dtype: str
-    reduce_dtype: str
-    keep_gathered: bool
+    block_dtype: str = "float32"
+    reduce_dtype: str = "float32"
+    keep_gathered: bool = False
+    offload: bool = False
+    prefetch: int | None = None
+    compile: str | None = None
+
+
+def device_mesh(device: torch.device, replicate: int = 1) -> DeviceMesh:
+    """All ranks as one dimension "shard", or as "replicate" x "shard"; collective.
+
+    Raises:
+        ValueError: `replicate` does not divide the ranks.
+    """
+    ranks = dist.get_world_size()
+    if replicate < 1 or ranks % replicate:
+        raise ValueError(f"engine.replicate {replicate} must divide the number of ranks, {ranks}")
+    if replicate == 1:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
 
 
 def prepare_parameters(backbone: Any) -> None:
@@ -45,32 +63,50 @@ def prepare_parameters(backbone: Any) -> None:
         parameter.data = parameter.data.to(master)
 
 
-def shard(backbone: Any, layout: Layout, activation_checkpointing: bool = False) -> nn.Module:
-    """Wrap in place: activation checkpointing inside, one FSDP2 unit per shard unit, the rest in the root's unit.
+def shard(backbone: Any, layout: Layout, units: Sequence[Sequence[nn.Module]] | None = None) -> nn.Module:
+    """Wrap in place: one FSDP2 unit per entry of `units` (each shard unit by default), the rest in the root's unit.
 
-    Blocks compute in block_dtype and the last one (of `shard_units()`, in order of the pass) hands on float32; the root
-    casts nothing, so that times, embeddings and the final projection stay float32 (law 3).
+    units: in order of the pass, activation checkpointing done already (trainer/engines/recompute.py); compilation comes
+    here, between the two. Units compute in block_dtype and the last one hands on float32; the root casts nothing, so
+    that times, embeddings and the final projection stay float32 (law 3).
     """
-    if activation_checkpointing:
-        for name in backbone.checkpoint_units():
-            parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, checkpoint_wrapper(backbone.get_submodule(name)))
+    units = [[unit] for unit in backbone.shard_units()] if units is None else units
+    if layout.compile is not None:
+        for unit in units:
+            # The forward alone: FSDP2's hooks stay outside, and no parameter changes its name. Of joined blocks the
+            # first computes for all.
+            unit[0].forward = torch.compile(unit[0].forward, backend=layout.compile)
     float64 = next(backbone.parameters()).dtype == torch.float64
     policy = _block_policy(layout, float64)
-    units = list(backbone.shard_units())
+    offload = CPUOffloadPolicy(pin_memory=layout.mesh.device_type == "cuda") if layout.offload else OffloadPolicy()
     for index, unit in enumerate(units):
         last = index == len(units) - 1 and policy.param_dtype is not None
         own = replace(policy, output_dtype=torch.float32) if last else policy
-        fully_shard(unit, mesh=layout.mesh, mp_policy=own, reshard_after_forward=not layout.keep_gathered)
+        fully_shard(
+            list(unit) if len(unit) > 1 else unit[0],
+            mesh=layout.mesh,
+            mp_policy=own,
+            offload_policy=offload,
+            reshard_after_forward=not layout.keep_gathered,
+        )
     # The root's unit is small (embeddings, last projection): it is gathered once a step in either mode.
     root = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(backbone, mesh=layout.mesh, mp_policy=root, reshard_after_forward=False)
+    fully_shard(backbone, mesh=layout.mesh, mp_policy=root, offload_policy=offload, reshard_after_forward=False)
     backbone.set_reshard_after_backward(False, recurse=layout.keep_gathered)
+    if layout.prefetch is not None:
+        _prefetch([cast(FSDPModule, unit[0]) for unit in units], layout.prefetch)
     for module in _units(backbone):
         # Gradients are the sum over ranks; gloo knows no scaled reduction, and NCCL needs none.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return backbone
+
+
+def _prefetch(units: Sequence[FSDPModule], depth: int) -> None:
+    """While a unit computes, the `depth` units after it (before it, in the backward pass) are gathered."""
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[index + 1 : index + 1 + depth]))
+        unit.set_modules_to_backward_prefetch(list(reversed(units[max(index - depth, 0) : index])))
 
 
 def _block_policy(layout: Layout, float64: bool) -> MixedPrecisionPolicy:
@@ -86,15 +122,20 @@ def _units(root: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in root.modules() if isinstance(module, FSDPModule))
 
 
-def fill(root: nn.Module, device: torch.device, load: Callable[[nn.Module], None] | None) -> None:
+def fill(
+    root: nn.Module, device: torch.device, load: Callable[[nn.Module], None] | None, offload: bool = False
+) -> None:
     """Give meta parameters memory, now that they are shards, and call `load` (where there is one) to fill them.
+
+    Shards lie on `device`, or in host memory where they are offloaded; buffers always on `device`.
 
     Raises:
         ValueError: parameters on meta and no load.
     """
 
     def materialise(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        place = torch.device("cpu") if offload and isinstance(tensor, DTensor) else device
+        return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
 
     if any(parameter.is_meta for parameter in root.parameters()):
         if load is None:

@@ -24,6 +24,7 @@ from trainer.run import Run, make_targets
 
 log = logging.getLogger(__name__)
 
+COLLAPSE_BEST, COLLAPSE_CHECKS = "collapse_best", "collapse_checks"
 CONDITIONS, NOISES = 4, 8
 """Captions per rank, and one-step samples of each, that the collapse alarm looks at."""
 
@@ -36,6 +37,10 @@ class Showcase:
     held_out_batch: Batch | None
     pictures: list[str] = field(default_factory=list)
     alarm: CollapseAlarm = field(default_factory=CollapseAlarm)
+
+    def counters(self) -> dict[str, float]:
+        """What a checkpoint keeps: the collapse alarm's memory."""
+        return {COLLAPSE_BEST: self.alarm.best, COLLAPSE_CHECKS: float(self.alarm.checks)}
 
     @torch.no_grad()
     def held_out(self, run: Run) -> dict[str, float]:
@@ -50,11 +55,13 @@ class Showcase:
                 loss = run.objective.loss(run.nets, targets[begin : begin + size])
                 tally.add(loss.tally)
                 tally.add_terms({"loss": loss.total})
-            tally.add_value("collapse_score", one_step_variety(run, x, cond))
+            if self.held_out_batch.has_targets:  # the score is relative to the variety of data
+                tally.add_value("collapse_score", one_step_variety(run, x, cond))
         tally.end_step()
         metrics = {f"held_out/{name}": value for name, value in tally.reduce().items()}
         run.tracker.metrics(run.step, metrics)
-        warning = self.alarm.check(metrics["held_out/collapse_score"])
+        score = metrics.get("held_out/collapse_score")
+        warning = None if score is None else self.alarm.check(score)
         if warning and run.world.rank == 0:
             run.tracker.event("collapse", message=warning)
             log.warning("step %d: %s", run.step, warning)

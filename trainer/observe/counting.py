@@ -27,15 +27,27 @@ class PassCounts:
 
 
 class CountedNets:
-    """Nets that count their calls; dummy rows count, they cost the same. flops: cost of a call, from shapes alone."""
+    """Nets that count their calls; dummy rows count, they cost the same. flops: cost of a call, from shapes alone.
+
+    calls: all that were ever begun; called_step, step_calls: no-grad and graded calls begun in the step that `begin_step`
+    named. They may be read from another thread.
+    """
 
     def __init__(self, nets: Nets, flops: PassFlops) -> None:
         self._nets, self._flops = nets, flops
         self.shares_module = nets.shares_module
         self.counts = PassCounts()
+        self.calls, self.called_step = 0, -1
+        self.step_calls = (0, 0)
+
+    def begin_step(self, step: int) -> None:
+        """The calls from here on belong to `step`."""
+        self.called_step, self.step_calls = step, (0, 0)
 
     def velocity(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Any, weights: Tensor | None = None) -> Tensor:
         graded = torch.is_grad_enabled()
+        self.calls += 1
+        self.step_calls = (self.step_calls[0] + (not graded), self.step_calls[1] + graded)
         if graded:
             self.counts.graded_passes += 1
             self.counts.graded_rows += len(t)
@@ -50,11 +62,11 @@ class CountedNets:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within the context nothing is counted: held-out loss and sampling are not part of a step."""
-        kept, self.counts = self.counts, PassCounts()
+        kept, self.counts, calls = self.counts, PassCounts(), self.step_calls
         try:
             yield
         finally:
-            self.counts = kept
+            self.counts, self.step_calls = kept, calls
 
     def drain(self) -> PassCounts:
         """Counts since the last call."""

@@ -1,21 +1,12 @@
-"""The one measure of sameness (law 9): ||a - b|| / max(||b||, 1e-3 of the global norm), tensor by tensor."""
+"""Law 9's measure (trainer/sameness.py) as an assertion."""
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from trainer.sameness import errors
 
-def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Error of every tensor by name; both must hold the same names and shapes."""
-    assert actual.keys() == expected.keys(), f"different tensors: {sorted(actual.keys() ^ expected.keys())}"
-    norms = {name: float(tensor.double().norm()) for name, tensor in expected.items()}
-    floor = 1e-3 * float(torch.tensor(list(norms.values()), dtype=torch.float64).norm())
-    found = {}
-    for name, tensor in expected.items():
-        assert actual[name].shape == tensor.shape, f"{name}: {actual[name].shape} and {tensor.shape}"
-        found[name] = float((actual[name].double() - tensor.double()).norm()) / max(norms[name], floor)
-    return found
+__all__ = ["assert_same", "errors"]
 
 
 def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> None:

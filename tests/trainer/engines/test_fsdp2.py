@@ -48,9 +48,8 @@ def test_kept_gathered_each_unit_is_gathered_once_a_step(recompute: bool) -> Non
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_otherwise_blocks_are_gathered_for_every_pass_and_the_root_once(recompute: bool) -> None:
-    options = {"activation_checkpointing": recompute, "keep_gathered": False}
     # 3 blocks: 3 passes without gradient, 2 forward and 2 backward passes; the root: once.
-    assert run_ranks(_gathers, 2, options, 3, 2) == [[3 * (3 + 2 * 2) + 1] * 3] * 2
+    assert run_ranks(_gathers, 2, {"activation_checkpointing": recompute}, 3, 2) == [[3 * (3 + 2 * 2) + 1] * 3] * 2
 
 
 # ---- precision
@@ -143,8 +142,8 @@ def _shared_state(engine: FSDP2, which: str) -> State:
     return box[0]
 
 
-def _weights(teacher: str, keep_gathered: bool) -> dict[str, Any]:
-    engine = make_engine(teacher=teacher, keep_gathered=keep_gathered)
+def _weights(teacher: str, options: dict[str, Any]) -> dict[str, Any]:
+    engine = make_engine(teacher=teacher, **options)
     initial = _outputs(engine)
     for step in range(3):
         with torch.no_grad():
@@ -167,9 +166,17 @@ def _weights(teacher: str, keep_gathered: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("teacher", "keep"), [("online", False), ("ema", True), ("frozen", False)])
-def test_each_call_computes_with_the_weights_it_names(teacher: str, keep: bool) -> None:
-    for found in run_ranks(_weights, 2, teacher, keep):
+TEACHERS: list[Any] = [
+    ("online", {}),
+    ("ema", {"keep_gathered": True}),
+    ("frozen", {"cpu_offload": True, "prefetch": 2}),
+]
+TEACHERS += [("frozen", {}), ("ema", {"cpu_offload": True, "checkpoint_group": 2})]
+
+
+@pytest.mark.parametrize(("teacher", "options"), TEACHERS)
+def test_each_call_computes_with_the_weights_it_names(teacher: str, options: dict[str, Any]) -> None:
+    for found in run_ranks(_weights, 2, teacher, options):
         same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # noqa: E731
         same(found["online"], found["expected"]["online"])
         same(found["evaluated"], found["expected"]["ema"])
@@ -253,6 +260,8 @@ def _refused(options: dict[str, Any], teacher: str, decay: float) -> str:
     ("options", "teacher", "decay", "message"),
     [
         ({"block_dtype": "float16"}, "online", 0.9, "engine.block_dtype is 'float16'"),
+        ({"checkpoint_keep": "all"}, "online", 0.9, "choose nothing or products"),
+        ({"checkpoint_group": 0}, "online", 0.9, "engine.checkpoint_group is 0; it must be 1 or more"),
         ({"replicate": 2}, "online", 0.9, "engine.replicate 2 must divide the number of ranks, 1"),
         ({}, "student", 0.9, "choose online, ema or frozen"),
         ({}, "ema", 0.0, "set teacher online, or ema.decay"),
@@ -266,7 +275,6 @@ def test_options_that_cannot_hold_are_refused_with_the_remedy(
 
 def _without_average() -> tuple[set[str], str]:
     engine = FSDP2(FSDP2Options(), toy.ToyBackbone(), OPTIMIZER, Ema(decay=0.0), "online")
-    train_step(engine, 0, torch.float32, 1)
     try:
         with engine.weights("ema"):
             return set(), ""
@@ -275,8 +283,8 @@ def _without_average() -> tuple[set[str], str]:
 
 
 def _without_average_kept_gathered() -> tuple[Tensor, Tensor]:
-    options = FSDP2Options(keep_gathered=True)
-    engine = FSDP2(options, toy.ToyBackbone(dtype=torch.float64), OPTIMIZER, Ema(decay=0.0), "online")
+    model, options = toy.ToyBackbone(dtype=torch.float64), FSDP2Options(keep_gathered=True)
+    engine = FSDP2(options, model, OPTIMIZER, Ema(decay=0.0), "online")
     train_step(engine, 0, torch.float64, 2)
     return _outputs(engine), _plain_output(_shared_state(engine, "online"))
 

@@ -17,12 +17,12 @@ from tests.trainer.engines.running import (
     own_rows,
     train_step,
     velocity,
-    whole,
 )
 from tests.trainer.engines.sameness import assert_same
+from trainer.engines.engine import whole
 
 
-def _plain_run(dtype: torch.dtype, steps: int) -> dict[str, Any]:
+def plain_run(dtype: torch.dtype, steps: int, count: int = ROWS) -> dict[str, Any]:
     """torch's own AdamW, clipping and averaging on the whole batch in one process."""
     model = toy.ToyBackbone(dtype=dtype)
     trainable = {name: p for name, p in model.named_parameters() if name not in model.idle_parameters()}
@@ -30,7 +30,7 @@ def _plain_run(dtype: torch.dtype, steps: int) -> dict[str, Any]:
     averaged = {name: p.detach().clone() for name, p in trainable.items()}
     norms, first, k = [], {}, 0.45
     for step in range(steps):
-        gradients = toy.plain_gradients(model, toy.batch(ROWS, step, dtype))
+        gradients = toy.plain_gradients(model, toy.batch(count, step, dtype))
         first = first or gradients
         norms.append(float(nn.utils.clip_grad_norm_(trainable.values(), 1.0)))
         optimizer.step()
@@ -74,7 +74,7 @@ def test_a_sharded_step_equals_the_plain_one(world_size: int) -> None:
         for options, accumulation in CASES
         for dtype, steps in ((torch.float64, 4), (torch.float32, 1))
     ]
-    plain = {dtype: _plain_run(torch.float64, steps) for _, dtype, _, steps in cases}
+    plain = {dtype: plain_run(torch.float64, steps) for _, dtype, _, steps in cases}
     for of_rank in run_ranks(_sharded_runs, world_size, cases):
         for (_, dtype, _, _), found in zip(cases, of_rank, strict=True):
             bound = 1e-12 if dtype == torch.float64 else 1e-5
@@ -84,8 +84,35 @@ def test_a_sharded_step_equals_the_plain_one(world_size: int) -> None:
                 assert_same(found[group], expected[group], bound)
 
 
+OPTIONS = [
+    {"checkpoint_every": 2},
+    {"checkpoint_group": 2},
+    {"checkpoint_group": 2, "checkpoint_every": 2, "keep_gathered": True},
+    {"checkpoint_group": 3, "checkpoint_keep": "products"},
+    {"checkpoint_keep": "products"},
+    {"prefetch": 2},
+    {"prefetch": 0, "checkpoint_group": 2},
+    {"cpu_offload": True},
+    {"cpu_offload": True, "keep_gathered": True, "activation_checkpointing": False},
+    {"compile": True, "compile_backend": "aot_eager"},
+    {"compile": True, "compile_backend": "aot_eager", "checkpoint_group": 2, "checkpoint_keep": "products"},
+    {"compile": True, "compile_backend": "aot_eager", "activation_checkpointing": False},
+]
+
+
+@pytest.mark.slow
+def test_no_option_of_the_engine_changes_the_step() -> None:
+    plain = plain_run(torch.float64, 2)
+    cases = [(options, torch.float64, 2, 2) for options in OPTIONS]
+    for of_rank in run_ranks(_sharded_runs, 2, cases, timeout=240):
+        for options, found in zip(OPTIONS, of_rank, strict=True):
+            assert found["norms"] == pytest.approx(plain["norms"], rel=1e-12), options
+            for group in ("gradients", "parameter", "exp_avg", "exp_avg_sq", "ema"):
+                assert_same(found[group], plain[group], 1e-12)
+
+
 def test_a_replicated_mesh_makes_the_same_step() -> None:
-    plain = _plain_run(torch.float64, 3)
+    plain = plain_run(torch.float64, 3)
     found = run_ranks(_sharded_run, 4, {"replicate": 2}, torch.float64, 1, 3, timeout=120)
     for of_rank in found:
         assert of_rank["norms"] == pytest.approx(plain["norms"], rel=1e-12)

@@ -63,7 +63,7 @@ def test_an_update_with_a_non_finite_norm_changes_nothing(name: str) -> None:
 
 
 def test_unknown_names_and_coupled_decay_are_refused() -> None:
-    with pytest.raises(ValueError, match="choose adamw, adam or radam"):
+    with pytest.raises(ValueError, match="choose adamw, adam, radam or adamw8bit"):
         build_optimizer(Optimizer(name="sgd"), _parameters())
     with pytest.raises(ValueError, match="use adamw"):
         build_optimizer(Optimizer(name="adam", weight_decay=0.1), _parameters())

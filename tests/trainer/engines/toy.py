@@ -58,6 +58,9 @@ class ToyBackbone(nn.Module):
     def checkpoint_units(self) -> Sequence[str]:
         return [f"blocks.{index}" for index in range(len(self.blocks))]
 
+    def chained_inputs(self) -> Sequence[str]:
+        return ["hidden"]
+
     def idle_parameters(self) -> Sequence[str]:
         return ["unused.weight", "unused.bias"]
 

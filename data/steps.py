@@ -1,0 +1,169 @@
+"""What a loader process does: references of the order -> open shards -> decoded samples -> one rank's rows of a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, get_worker_info
+
+from data.batch import Batch, Replacement, collate
+from data.cache import ShardCache, index_of, tar_of
+from data.contents import Contents, Draw
+from data.index import Index, parse_index
+from data.manifest import Manifest, Shard
+from data.order import Order, References
+from data.parts import fetch_pool
+from data.ranged import RangedShard, Source, WholeShard
+from data.s3 import DataError, Folder
+from data.samples import Sample, SampleError, read_sample
+from data.workers import Progress
+
+_INDEXES = 512
+
+Read = Callable[[int, Shard, Index, int], Any]
+"""Makes something of sample `int` of a shard open as file descriptor `int`; a function that processes can be sent."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A data error on its way out of a loader process, where an exception would arrive as a traceback in a text."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """What `read` made of the samples of some rows of a step, with their keys. rows: in the global batch."""
+
+    step: int
+    rows: range
+    keys: tuple[str, ...]
+    made: tuple[Any, ...]
+
+
+class Steps(Dataset[Any]):
+    """Item s is this rank's Batch of global step s, or its RawBatch where `read` is set.
+
+    ranged: members are fetched in place of whole shards.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        manifest: Manifest,
+        folders: dict[str, Folder],
+        cache: ShardCache,
+        rank: int,
+        world_size: int,
+        flip: bool,
+        ranged: bool,
+    ) -> None:
+        self.order, self.manifest, self.folders, self.cache, self.rank = order, manifest, folders, cache, rank
+        rows = order.global_batch_size // world_size
+        self.rows = range(rank * rows, (rank + 1) * rows)
+        self.flip, self.ranged = flip, ranged
+        self.read: Read | None = None
+        self.progress: Progress | None = None
+        self._indexes: OrderedDict[int, Index] = OrderedDict()
+
+    def __getitem__(self, step: int) -> Batch | RawBatch | Failure:
+        try:
+            return self._batch(step) if self.read is None else self._raw(step)
+        except DataError as error:
+            return Failure(f"rank {self.rank}, step {step}: {error}")
+
+    def _batch(self, step: int) -> Batch:
+        references = self.order.step(step, self.rows)
+        samples: list[Sample | None] = [None] * len(self.rows)
+        replaced: list[Replacement] = []
+        own_epochs, indices = references.own_epoch.tolist(), references.index.tolist()
+        for number, rows, source in self._open(step, references):
+            shard, index = self.manifest.shards[number], self._index(number)
+            for row in rows:
+                draw = Draw(self.order.seed, own_epochs[row], self.flip)
+                samples[row], bad = _decodable(source, shard, index, indices[row], self.manifest.contents, draw)
+                replaced += [bad._replace(row=self.rows[row])] if bad else []
+        found = [sample for sample in samples if sample is not None]
+        assert len(found) == len(self.rows)
+        shards = [self.manifest.shards[number] for number in references.shard.tolist()]
+        names = [shard.name for shard in shards]
+        encoded = self.manifest.encoded
+        dtype = None if encoded is None else encoded.dtype
+        return collate(step, shards[0].bucket, self.rows, found, names, own_epochs, replaced, dtype)
+
+    def _raw(self, step: int) -> RawBatch:
+        references = self.order.step(step, self.rows)
+        assert self.read is not None
+        indices = references.index.tolist()
+        keys, made = [""] * len(self.rows), [None] * len(self.rows)
+        for number, rows, source in self._open(step, references):
+            shard, index = self.manifest.shards[number], self._index(number)
+            for row in rows:
+                sample = indices[row]
+                keys[row] = index.keys[sample]
+                made[row] = self.read(source.descriptor(sample), shard, index, sample)
+        return RawBatch(step, self.rows, tuple(keys), tuple(made))
+
+    def _open(self, step: int, references: References) -> Iterator[tuple[int, list[int], Source]]:
+        """The shards of a step one by one: number, rows of this rank that are in it, and the shard to read from."""
+        rows_of = {n: np.flatnonzero(references.shard == n).tolist() for n in np.unique(references.shard).tolist()}
+        with contextlib.ExitStack() as stack:
+            # Where members are fetched, those of all shards are asked for before the first is waited for.
+            ranged = {
+                n: stack.enter_context(s) for n, rows in rows_of.items() if (s := self._begin(n, rows, references))
+            }
+            for number, rows in rows_of.items():
+                self._note(step, number)
+                if number in ranged:
+                    yield number, rows, ranged[number]
+                else:
+                    with self.cache.get(tar_of(self.manifest.shards[number], self.folders)) as file:
+                        yield number, rows, WholeShard(file.fileno())
+
+    def _begin(self, number: int, rows: list[int], references: References) -> RangedShard | None:
+        """Start to fetch the members of these rows; None where the shard is read whole, or lies here already."""
+        shard = self.manifest.shards[number]
+        if not self.ranged or self.cache.holds(tar_of(shard, self.folders)):
+            return None
+        wanted = references.index[rows].tolist()
+        return RangedShard(
+            self.folders[shard.folder], shard, self._index(number), wanted, fetch_pool(self.cache.threads)
+        )
+
+    def _index(self, number: int) -> Index:
+        if number in self._indexes:
+            self._indexes.move_to_end(number)
+            return self._indexes[number]
+        shard = self.manifest.shards[number]
+        with self.cache.get(index_of(shard, self.folders)) as file:
+            self._indexes[number] = parse_index(file.read(), shard)
+        if len(self._indexes) > _INDEXES:
+            self._indexes.popitem(last=False)
+        return self._indexes[number]
+
+    def _note(self, step: int, shard: int) -> None:
+        if (worker := get_worker_info()) is not None and self.progress is not None:
+            self.progress.note(worker.id, step, shard)
+
+
+def _decodable(
+    source: Source, shard: Shard, index: Index, wanted: int, contents: Contents, draw: Draw
+) -> tuple[Sample, Replacement | None]:
+    """Sample `wanted` or the next one of its shard that can be decoded, wrapping: a function of the shard alone."""
+    failure: SampleError | None = None
+    for number in [*range(wanted, shard.samples), *range(wanted)]:
+        try:
+            sample = read_sample(source.descriptor(number), shard, index, number, contents, draw)
+        except SampleError as error:
+            failure = failure or error
+            continue
+        if failure is None:
+            return sample, None
+        key, offset = index.keys[wanted], min((o for o, _ in index.members(wanted).values()), default=0)
+        return sample, Replacement(0, shard.name, key, offset, sample.key, str(failure))
+    raise DataError(f"none of the {shard.samples} samples of {shard.url} can be decoded; the first tried: {failure}")
