@@ -239,6 +239,13 @@ def _numerics(config: Config) -> None:
         )
 
 
+def _preflight(config: Config) -> None:
+    if config.runtime.preflight == "False":  # YAML reads a plain off as a truth value
+        config.runtime.preflight = "off"
+    if config.runtime.preflight not in (None, "strict", "warn", "off"):
+        raise ValueError(f"runtime.preflight is {config.runtime.preflight!r}; choose strict, warn or off")
+
+
 RULES = (
     _run_name,
     _guidance,
@@ -253,4 +260,5 @@ RULES = (
     _averages,
     _yardstick,
     _numerics,
+    _preflight,
 )

@@ -214,6 +214,9 @@ class Runtime:
     runtime.collective_timeout_s counts [s]."""
     hang_first_timeout_s: float = 1800.0
     """The same while a stage is visited for the first time (compilation, cold caches) and while a save is waited for [s]."""
+    preflight: str | None = None
+    """strict | warn | off: examine all nodes (disks, data, GPUs, all-reduce, clocks) before the model is loaded; strict
+    ends the run where something would spoil it, warn says so. null: warn in a job submitted to SLURM, off elsewhere."""
 
 
 @dataclass

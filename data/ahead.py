@@ -59,11 +59,11 @@ class LookAhead:
 
     def run(self, step: Callable[[], int]) -> None:
         """Work until the rank has reached the last step. step: the one that it was given last."""
-        stamped, clock = -1, 0
+        stamped, clock, coming = -1, 0, _Coming({}, -1, 0)
         with ThreadPoolExecutor(self.cache.threads, thread_name_prefix="look-ahead") as pool:
             while (now := step()) < self.steps.stop - 1:
-                coming = self._coming(now)
                 if now != stamped:
+                    coming = self._coming(now)  # long work where an epoch has many shards
                     # Stamps are compared with each other: all of a step are made with one reading of the clock.
                     stamped, clock = now, time.time_ns()
                     self._stamp_all(coming, clock - now * _STEP_NS)

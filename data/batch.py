@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.arrays import Array
+from data.s3 import DataError
 from data.samples import Sample
 
 
@@ -138,10 +139,18 @@ def _stacked(images: Sequence[Array | None]) -> Tensor | None:
 
 
 def _precomputed(samples: Sequence[Sample], dtype: str) -> Precomputed:
-    """Rows of arrays in the data set's dtype; shorter texts are padded at the end with masked zeros."""
+    """Rows of arrays in the data set's dtype; shorter texts are padded at the end with masked zeros.
+
+    Raises DataError where an array that the manifest does not describe (pooled) differs in shape between samples, or only
+    some have it.
+    """
 
     def stacked(name: str) -> Tensor | None:
-        if name not in samples[0].arrays:
+        shapes = {sample.arrays[name].shape if name in sample.arrays else None: sample.key for sample in samples}
+        if len(shapes) > 1:
+            said = ", ".join(f"{shape or 'none'} in sample {key}" for shape, key in shapes.items())
+            raise DataError(f"{name} differs between the samples of a batch ({said}); pack their shards again")
+        if None in shapes:
             return None
         return to_tensor(np.stack([sample.arrays[name] for sample in samples]), dtype)
 

@@ -156,7 +156,7 @@ class ShardCache:
             partial.unlink(missing_ok=True)  # left by a process that died: this one holds its lock now
             while True:
                 with self._lock("space"):
-                    if self._evict(self.max_bytes - item.size, spare_ns):
+                    if self._evict(self.max_bytes - item.size, spare_ns, held=self._lock_of(partial)):
                         with open(partial, "wb") as file:
                             file.truncate(item.size)
                         return True
@@ -167,12 +167,12 @@ class ShardCache:
         except OSError as error:
             raise self._cannot_cache(url, error) from error
 
-    def _evict(self, limit: int, spare_ns: int | None = None) -> bool:
+    def _evict(self, limit: int, spare_ns: int | None = None, held: str | None = None) -> bool:
         """Remove the least wanted files until at most `limit` bytes are left; whether that was possible. spare_ns:
-        files stamped later stay, and nothing is removed where that does not do."""
+        files stamped later stay, and nothing is removed where that does not do. held: lock that the caller holds."""
         files = []
         for entry in os.scandir(self.directory):
-            if entry.name.endswith(".part") and self._abandoned(Path(entry.path)):
+            if entry.name.endswith(".part") and self._abandoned(Path(entry.path), held):
                 Path(entry.path).unlink(missing_ok=True)
             elif entry.name.endswith((".part", ".object")):
                 try:
@@ -190,9 +190,11 @@ class ShardCache:
                 used -= size
         return used <= limit
 
-    def _abandoned(self, partial: Path) -> bool:
-        """Whether the process that fetched this file is gone: its lock can be had."""
-        with open(self.directory / f"{self._lock_of(partial)}.lock", "ab") as lock:
+    def _abandoned(self, partial: Path, held: str | None) -> bool:
+        """Whether the process that fetched this file is gone: its lock can be had, or is the one that the caller has."""
+        if (name := self._lock_of(partial)) == held:
+            return True
+        with open(self.directory / f"{name}.lock", "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

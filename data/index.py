@@ -139,7 +139,8 @@ def parse_index(body: bytes, shard: Shard) -> Index:
         raise DataError(f"{where}: {len(keys)} samples where the manifest says {shard.samples}; write both again")
     offset, size = array[..., 0], array[..., 1]
     # No sum of the two: it could overflow.
-    if (array < -1).any() or (offset > shard.bytes).any() or (size > shard.bytes - offset).any():
+    half = (offset < 0) != (size < 0)
+    if (array < -1).any() or half.any() or (offset > shard.bytes).any() or (size > shard.bytes - offset).any():
         raise DataError(f"{where}: a member lies outside the {shard.bytes} bytes of its shard; write the index again")
     content = None if document.get("sha256") is None else required(document, "sha256", str, where)
     return Index(shard.name, tuple(map(str, extensions)), tuple(map(str, keys)), array, content)

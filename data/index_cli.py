@@ -25,7 +25,7 @@ from data.index import Index, index_tar, known_shard, write_index
 from data.manifest import CHANNELS, MANIFEST, Shard, encoded_of, load_document, write_manifest
 from data.pack import PACK
 from data.pool import Pool, tick
-from data.s3 import DataError, LocalFolder
+from data.s3 import DataError, LocalFolder, safe_name
 from data.samples import IMAGES
 from data.sources import MAX_FILE, Span
 from data.store import Store, Stored, open_store, sole_writer
@@ -51,7 +51,7 @@ def index_folder(
     contents: of the tars; a manifest of precomputed samples keeps what it says. resolution: side of the images that
     captions alone shall become [pixels].
     Returns the shards, and why and how often samples were left out of an index. Raises DataError where there is no tar,
-    or one of them is broken, holds pickles, or images of several sizes.
+    or one of them is broken, holds pickles, or images of several sizes, or has a name that leads outside the folder.
     """
     with sole_writer(store), Pool(workers) as pool:
         files = store.files()
@@ -60,6 +60,10 @@ def index_folder(
         tars = sorted(name for name in files if name.endswith(".tar"))
         if not tars:
             raise DataError(f"{store.url}: no .tar files; `twinflow data pack` makes them from images")
+        if hostile := [name for name in tars if not safe_name(name)]:
+            raise DataError(
+                f"{store.url}: the name {hostile[0]!r:.200} leads outside of it; rename or remove that object"
+            )
         earlier = {name: shard for name in tars if (shard := _earlier(store, name, source, files)) is not None}
         shards = {name: shard for name, shard in earlier.items() if _suits(shard, contents.kind, resolution)}
         tasks = [

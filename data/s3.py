@@ -54,8 +54,8 @@ class Folder(Protocol):
     url: str
     identity: str
 
-    def sizes(self) -> dict[str, int]:
-        """Objects below the folder by their relative name, with their size [bytes]."""
+    def sizes(self, beginning: str = "") -> dict[str, int]:
+        """Objects below the folder whose relative name begins so, by that name, with their size [bytes]."""
 
     def read(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> bytes:
         """`size` bytes from `start`, or all from there on. A different ETag than `etag` raises."""
@@ -98,10 +98,11 @@ class LocalFolder:
         self.path = path.expanduser().absolute()
         self.url = self.identity = str(self.path)
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, beginning: str = "") -> dict[str, int]:
         if not self.path.is_dir():
             raise DataError(f"{self.path}: no such folder; check data.manifest and data.held_out")
-        return {str(p.relative_to(self.path)): p.stat().st_size for p in self.path.rglob("*") if p.is_file()}
+        files = {str(p.relative_to(self.path)): p for p in self.path.rglob("*") if p.is_file()}
+        return {name: path.stat().st_size for name, path in files.items() if name.startswith(beginning)}
 
     def read(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> bytes:
         try:
@@ -140,17 +141,19 @@ class S3Folder:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.identity = f"{endpoint_url or 'aws'} {self.url}"
 
-    def sizes(self) -> dict[str, int]:
-        return {name: entry["Size"] for name, entry in self._listing()}
+    def sizes(self, beginning: str = "") -> dict[str, int]:
+        return {name: entry["Size"] for name, entry in self._listing(beginning)}
 
-    def _listing(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(relative name, entry of the store's answer) of every object, page by page."""
+    def _listing(self, beginning: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """(relative name, entry of the store's answer) of every object but the "folders" of consoles, page by page."""
         start = f"{self.prefix}/" if self.prefix else ""
         more: dict[str, str] = {}
         while True:
-            page = self._request("list_objects_v2", self.url, Budget(self.read_budget_s), Prefix=start, **more)
+            wanted = {"Prefix": f"{start}{beginning}"} | more
+            page = self._request("list_objects_v2", self.url, Budget(self.read_budget_s), **wanted)
             for entry in page.get("Contents", ()):
-                yield entry["Key"][len(start) :], entry
+                if not entry["Key"].endswith("/"):
+                    yield entry["Key"][len(start) :], entry
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -203,7 +206,7 @@ class S3Folder:
             if seen and response["ETag"].strip('"') != seen.strip('"'):
                 raise _changed(url, seen, response["ETag"])
             seen, (first, last) = seen or response["ETag"], _extent(response, position)
-            end = last if end is None or last is None else min(end, last)
+            end = min((known for known in (end, last) if known is not None), default=None)
             began = time.monotonic()
             try:
                 for offset, piece in _pieces(response["Body"], budget, first):

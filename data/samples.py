@@ -89,7 +89,8 @@ def read_sample(
 
 
 def decode_image(body: bytes, bucket: Bucket, channels: int, where: str) -> Pixels:
-    """Pixels [C, H, W] float32 in [-1, 1] of an encoded image. Raises SampleError naming `where`."""
+    """Pixels [C, H, W] float32 in [-1, 1] of an encoded image. Raises SampleError naming `where`; a lack of memory, which
+    is this machine's and must not choose a stand-in, as MemoryError."""
     try:
         with Image.open(io.BytesIO(body), formats=_FORMATS) as image:
             # The header alone says the size: nothing larger than its bucket is ever decompressed.
@@ -98,7 +99,7 @@ def decode_image(body: bytes, bucket: Bucket, channels: int, where: str) -> Pixe
                     f"{where}: image of {image.height}x{image.width} pixels in a shard of {bucket}; pack it again"
                 )
             return to_pixels(image.convert("L" if channels == 1 else "RGB"))
-    except SampleError:
+    except (SampleError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         # Its own text holds an address in memory, and a sample must be bad for the same reason everywhere.

@@ -219,7 +219,8 @@ def left_out_of(plan: ShardPlan, keys: Sequence[str]) -> list[LeftOut]:
     expected = {_key(number): item for number, item in plan.items}
     if strange := [key for key in keys if key not in expected]:
         raise DataError(f"{plan.name}: holds {strange[0]!r}, which is not of this data set; choose another DEST")
-    return [LeftOut(item.name, UNDECODABLE, UNDECODABLE) for key, item in expected.items() if key not in set(keys)]
+    there = set(keys)
+    return [LeftOut(item.name, UNDECODABLE, UNDECODABLE) for key, item in expected.items() if key not in there]
 
 
 def plan_digest(plans: Sequence[ShardPlan], options: Options) -> str:

@@ -80,7 +80,8 @@ def sole_writer(store: Store) -> Iterator[None]:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"{scratch}: {error.strerror or error}; free space, or choose another folder") from error
+        where = error.filename or scratch
+        raise DataError(f"{where}: {error.strerror or error}; free space, or choose another folder") from error
 
 
 class LocalStore(LocalFolder):

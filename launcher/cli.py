@@ -17,7 +17,7 @@ from rich.table import Table
 from configs import knobs, load
 from configs.folders import ForeignFolder, refuse_foreign, run_folder, unused
 from configs.schema import Config
-from launcher import allocation, cluster_cli, local
+from launcher import allocation, cluster_cli, doctor_cli, local
 from launcher.job import Job, processes, threads, torchrun_here
 from launcher.report import consoles, report
 from launcher.settings import Settings, fail, load_config, split
@@ -38,6 +38,7 @@ console, _ = consoles()
 app.command()(cluster_cli.submit)
 app.command()(cluster_cli.status)
 app.command()(cluster_cli.stop)
+app.command()(doctor_cli.doctor)
 
 
 @app.command()

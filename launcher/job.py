@@ -49,21 +49,21 @@ def torchrun(job: Job) -> list[str]:
     shows rank 0's."""
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *_rendezvous(job),
+        *_rendezvous(job.meeting, job.port, job.nproc),
         *("--max-restarts", "0", "--signals-to-handle", SIGNALS),
         *("--log-dir", str(job.log_dir), "--redirects", "3"),
         *("-m", job.module, *job.arguments),
     ]
 
 
-def _rendezvous(job: Job) -> list[str]:
-    meeting = job.meeting or Meeting("127.0.0.1", job.port, "127.0.0.1", True, 1, 0, "")
+def _rendezvous(given: Meeting | None, port: int, nproc: int) -> list[str]:
+    meeting = given or Meeting("127.0.0.1", port, "127.0.0.1", True, 1, 0, "")
     name, rules = [], f"is_host={str(meeting.is_host).lower()}"
-    if job.meeting is not None:
+    if given is not None:
         name = ["--rdzv-id", meeting.id]
         rules += f",timeout={meeting.timeout_s},join_timeout={meeting.timeout_s}"
     return [
-        *("--nnodes", str(meeting.nodes), "--nproc-per-node", str(job.nproc)),
+        *("--nnodes", str(meeting.nodes), "--nproc-per-node", str(nproc)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting.head}:{meeting.port}", "--rdzv-conf", rules),
         *name,
         *("--local-addr", meeting.local),
@@ -79,6 +79,11 @@ def torchrun_here(nproc: int, module: str) -> list[str]:
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-conf", "is_host=true"),
         *("--local-addr", "127.0.0.1", "--max-restarts", "0", "-m", module),
     ]
+
+
+def torchrun_among(meeting: Meeting, nproc: int, module: str) -> list[str]:
+    """The same for the ranks of one of several machines."""
+    return ["torch.distributed.run", *_rendezvous(meeting, 0, nproc), "--max-restarts", "0", "-m", module]
 
 
 def environment(job: Job, base: Mapping[str, str]) -> dict[str, str]:

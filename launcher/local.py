@@ -51,10 +51,13 @@ class Outcome:
 @dataclass
 class Runner:
     """Owns one torchrun and its ranks from start to end. lock: what sole_owner gave; torchrun holds it too, so that a
-    run whose launcher was killed still has its folder to itself."""
+    run whose launcher was killed still has its folder to itself. stop_file: once it is there, the ranks are asked to save
+    and stop. shared_signals: who signals this process has signalled torchrun and the ranks too, as SLURM does."""
 
     job: Job
     lock: int | None = None
+    stop_file: Path | None = None
+    shared_signals: bool = False
     asked: int = 0
     process: subprocess.Popen[bytes] | None = None
     _shown: dict[Path, tuple[BinaryIO, codecs.IncrementalDecoder]] = field(default_factory=dict)
@@ -113,6 +116,7 @@ class Runner:
             if time.monotonic() - looked > LOOK_S:
                 looked = time.monotonic()
                 self._ranks = _descendants(process.pid) or self._ranks
+                self._obey_stop_file(process)
             if deadline is None and not self.asked and _CLOSING in own.read_bytes():
                 deadline = time.monotonic() + DEATH_GRACE_S
             if deadline is not None and time.monotonic() > deadline:
@@ -134,7 +138,19 @@ class Runner:
             if new := file.read():
                 _write(stream, decoder.decode(new))
 
+    def _obey_stop_file(self, process: subprocess.Popen[bytes]) -> None:
+        """Tell the ranks alone: a signal to torchrun would cost their exit codes."""
+        if self.asked or self.stop_file is None or not self.stop_file.exists():
+            return
+        self.asked = signal.SIGUSR1
+        for rank in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGUSR1)
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.shared_signals:
+            self.asked = self.asked or number
+            return
         if self.asked:
             _write(sys.stderr, "\nending all ranks now, without saving\n")
             self._kill(torchrun_too=True)

@@ -75,7 +75,7 @@ def _results(status: dict[str, Any], folder: Path) -> list[str]:
 def _cause(outcome: Outcome, job: Job) -> list[str]:
     """Which rank died first, of what, and its last words."""
     if outcome.died is None:
-        return [f"torchrun ended with status {outcome.code}", *_lines(job.log_dir / "torchrun.log")[-12:]]
+        return [f"torchrun ended with status {outcome.code}", *readable(job.log_dir / "torchrun.log")[-12:]]
     rank, code = outcome.died
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = " (if no person did it: the kernel, for want of memory; see dmesg)" if code == -signal.SIGKILL else ""
@@ -111,12 +111,12 @@ def _begins_alike(words: list[str], other: list[str]) -> bool:
 
 def _last_words(job: Job, rank: int, count: int = 20) -> list[str]:
     """From `rank N failed` on where the trainer explains itself, else the last lines; at most `count`."""
-    lines = _lines(rank_log(job.log_dir, rank, "stderr"))
+    lines = readable(rank_log(job.log_dir, rank, "stderr"))
     begin = max((at for at, line in enumerate(lines) if line.startswith(f"rank {rank} failed")), default=0)
     return lines[begin:] if len(lines) - begin <= count else lines[-count:]
 
 
-def _lines(path: Path | None) -> list[str]:
+def readable(path: Path | None) -> list[str]:
     """Lines of a log without blank ones and progress bars."""
     if path is None or not path.exists():
         return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -66,8 +66,8 @@ class Certificate:
                 assert all(part.key == f"{group}/{name}" for part in saved.ranges), "a range under another key"
                 ranges = [[number[part.file], part.start, part.length] for part in saved.ranges]
                 tensors.setdefault(group, {})[name] = {"shape": saved.shape, "dtype": saved.dtype, "ranges": ranges}
-        head = {key: value for key, value in asdict(self).items() if key != "tensors"}
-        return json.dumps({"format": FORMAT, **head, "tensors": tensors}, separators=(",", ":"))
+        head = {"format": FORMAT, "step": self.step, "counters": self.counters, "metadata": self.metadata}
+        return json.dumps({**head, "files": self.files, "tensors": tensors}, separators=(",", ":"))
 
 
 def parse(text: str, where: str) -> Certificate:

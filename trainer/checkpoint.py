@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -80,7 +81,7 @@ class Checkpoints:
         self._ranks = Unison(timeout_s)
         self._staged = StagedFile()
         self._thread: threading.Thread | None = None
-        self._outcomes: list[Saved] = []
+        self._outcomes: deque[Saved] = deque()  # the thread puts in, the loop takes out
         self._longest_s = 0.0
         self._last: Saved | None = None
         self._step: int | None = None
@@ -124,8 +125,7 @@ class Checkpoints:
 
     def outcomes(self) -> list[Saved]:
         """What became of the saves that have ended since the last call."""
-        ended, self._outcomes = self._outcomes, []
-        return ended
+        return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
     def resume(self, engine: Engine) -> Progress:
         """Fill the engine from the newest complete checkpoint, the one that rank 0 sees; from none, start at 0."""

@@ -14,7 +14,7 @@ from trainer import certificate as certificates
 from trainer.certificate import CheckpointError
 from trainer.checkpoint_reader import CheckpointReader
 from trainer.engines.engine import TensorPart
-from trainer.sameness import FLOOR
+from trainer.sameness import relative
 from trainer.tensor_file import as_dtype
 
 CHUNK = 4 << 20
@@ -23,8 +23,8 @@ CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class Difference:
-    """Of tensor group/name in two checkpoints. error: ||a - b|| / max(||b||, FLOOR of the norm of b's group); largest:
-    maximum of |a - b|."""
+    """Of tensor group/name in two checkpoints. error: of law 9 within b's group (trainer/sameness.py); largest: maximum
+    of |a - b|."""
 
     group: str
     name: str
@@ -86,9 +86,8 @@ def compare(first: CheckpointReader, second: CheckpointReader) -> Comparison:
         measured.append((group, name, distance, norm, largest))
     differences = []
     for group, name, distance, norm, largest in measured:
-        scale = max(norm, FLOOR * math.sqrt(norms[group]))
-        error = distance / scale if scale else (0.0 if distance == 0 else math.inf)
-        differences.append(Difference(group, name, error if error == error else math.inf, largest))
+        error = relative(distance, norm, math.sqrt(norms[group]))
+        differences.append(Difference(group, name, error, largest))
     return Comparison((only[0], only[1]), differences)
 
 

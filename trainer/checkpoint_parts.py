@@ -40,14 +40,15 @@ def describe(part: TensorPart) -> Described:
 
 def merge(written: Sequence[Written]) -> dict[str, dict[str, SavedTensor]]:
     """All ranks' ranges by group and name."""
-    merged: dict[str, dict[str, SavedTensor]] = {}
+    found: dict[tuple[str, str], tuple[Described, list[Range]]] = {}
     for of_rank in written:
         for part in of_rank.tensors:
-            named = merged.setdefault(part.group, {})
-            ranges = named[part.name].ranges if part.name in named else ()
+            ranges = found.setdefault((part.group, part.name), (part, []))[1]
             if part.length and of_rank.file is not None:
-                ranges += (Range(of_rank.file, f"{part.group}/{part.name}", part.start, part.length),)
-            named[part.name] = SavedTensor(part.shape, part.dtype, ranges)
+                ranges.append(Range(of_rank.file, f"{part.group}/{part.name}", part.start, part.length))
+    merged: dict[str, dict[str, SavedTensor]] = {}
+    for (group, name), (part, ranges) in found.items():
+        merged.setdefault(group, {})[name] = SavedTensor(part.shape, part.dtype, tuple(ranges))
     return merged
 
 

@@ -17,6 +17,8 @@ from trainer.tensor_file import StagedFile
 
 UPLOADS = 4
 """Parts that a rank sends side by side; each is held in memory once more."""
+PROBE = ".doctor-"
+"""Begins the names of objects that are written to see whether that is possible."""
 _PART, _MOST_PARTS = 16 << 20, 9_000  # stores take up to 10,000 parts of at least 5 MiB
 _log = logging.getLogger(__name__)
 
@@ -80,6 +82,15 @@ class S3Checkpoints(S3Folder):
         except DataError as error:
             _log.warning("cannot remove the old checkpoint %s/%s: %s", self.url, name, error)
 
+    def probe(self) -> None:
+        """Put an object, read it and remove it; DataError where one of these is not allowed."""
+        name, body = f"{PROBE}{secrets.token_hex(8)}", secrets.token_bytes(64)
+        self._put(name, body)
+        found = self.read(name)
+        self._delete(name)
+        if found != body:
+            raise DataError(f"{self.url_of(name)}: the store gave back other bytes than it was given")
+
     def _unused(self, name: str, files: dict[str, int]) -> list[str]:
         """Files of a save that was killed, or that a later one of the same step replaced."""
         if certificates.NAME not in files:
@@ -128,9 +139,15 @@ class S3Checkpoints(S3Folder):
             self._request("complete_multipart_upload", url, self._budget(), **where, MultipartUpload={"Parts": sent})
         except DataError:
             # Asked again because the answer was lost, a store no longer knows the upload that it has finished.
-            there = self._request("head_object", url, self._budget(), Key=where["Key"])
-            if there["ContentLength"] != staged.size:
+            if not self._has(url, where["Key"], staged.size):
                 raise
+
+    def _has(self, url: str, key: str, size: int) -> bool:
+        """Whether the object is there with that many bytes."""
+        try:
+            return bool(self._request("head_object", url, self._budget(), Key=key)["ContentLength"] == size)
+        except DataError:
+            return False
 
     def _put(self, path: str, body: bytes) -> None:
         self._request("put_object", self.url_of(path), self._budget(), Key=self._key(path), Body=body)

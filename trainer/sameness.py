@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,8 +12,16 @@ FLOOR = 1e-3
 """Share of the global norm below which a tensor's own norm is not the measure of its error."""
 
 
+def relative(distance: float, norm: float, norm_of_all: float) -> float:
+    """||a - b|| over the larger of ||b|| and FLOOR of the norm of all tensors. What is not a number is infinite: a
+    maximum over errors must not lose it. Equal zeros are equal."""
+    scale = max(norm, FLOOR * norm_of_all)
+    error = distance / scale if scale else (0.0 if distance == 0 else math.inf)
+    return math.inf if math.isnan(error) else error
+
+
 def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Error of every tensor by name.
+    """Error of every tensor by name; see `relative`.
 
     Raises:
         ValueError: the two hold different names or shapes; a tensor that is left out is no small error.
@@ -21,10 +30,11 @@ def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict
     if different:
         raise ValueError(f"different tensors: {different[:5]}{' ...' if len(different) > 5 else ''}")
     norms = {name: float(tensor.double().norm()) for name, tensor in expected.items()}
-    floor = FLOOR * float(torch.tensor(list(norms.values()), dtype=torch.float64).norm())
+    of_all = float(torch.tensor(list(norms.values()), dtype=torch.float64).norm())
     found = {}
     for name, tensor in expected.items():
         if actual[name].shape != tensor.shape:
             raise ValueError(f"{name}: shapes {tuple(actual[name].shape)} and {tuple(tensor.shape)}")
-        found[name] = float((actual[name].double() - tensor.double()).norm()) / max(norms[name], floor)
+        distance = float((actual[name].double() - tensor.double()).norm())
+        found[name] = relative(distance, norms[name], of_all)
     return found

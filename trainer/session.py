@@ -29,6 +29,7 @@ from trainer.heartbeat import Heartbeat
 from trainer.ledger import REPLACEMENTS
 from trainer.loop import PeerWithoutBatch, StepRefused, fit
 from trainer.observe.tracking import NullTracker, Tracker, open_tracker
+from trainer.preflight import PreflightRefused, preflight
 from trainer.run import Run
 from trainer.run_folder import RunFolder, RunRefused
 from trainer.signals import StopRequest
@@ -38,7 +39,7 @@ from trainer.training_data import read_data
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 # What a person can mend: one message, no traceback.
-EXPLAINED = (DataError, RunRefused, StepRefused, OutOfMemory, CheckpointError, weights.CheckpointError)
+EXPLAINED = (DataError, RunRefused, PreflightRefused, StepRefused, OutOfMemory, CheckpointError, weights.CheckpointError)
 
 
 def main(
@@ -85,6 +86,7 @@ def train(config: Config, world: World, stop: StopRequest, *, fresh: bool, allow
         for key, earlier, now in folder.changes:
             tracker.event("change", key=key, earlier=earlier, now=now)
             log.info("%s was %s and is %s from here on", key, earlier, now)
+        preflight(config, world, tracker)
         run = build_run(config, world, folder, manifest, order, objective, stop, tracker)
         if world.rank == 0:
             folder.write_status("running", run.step, "training", **results(run))
@@ -190,7 +192,7 @@ def explained(error: Exception) -> bool:
 
 def vain(error: Exception) -> bool:
     """Whether the same start would fail again: a mistake that a person has to mend, no trouble of the surroundings."""
-    if isinstance(error, DataError | CheckpointError | PeerWithoutBatch):
+    if isinstance(error, DataError | CheckpointError | PeerWithoutBatch | PreflightRefused):
         return False
     return explained(error)
 

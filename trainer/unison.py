@@ -33,7 +33,7 @@ class Unison:
             result = action()
         except Exception as error:  # whatever it is, the others must not wait for this rank: they raise it too
             explained = isinstance(error, CheckpointError | DataError)
-            message, cause = str(error) if explained else repr(error), error
+            message, cause = (str(error) if explained else "") or repr(error), error
         messages = [message]
         if self._group is not None:
             messages = [""] * self._ranks

@@ -41,6 +41,17 @@ class Position:
         return f"{where} of step {self.step}" + (f", {calls} begun" if self.called_step >= 0 else "")
 
 
+def own_connection(prefix: str, ranks: int) -> dist.Store:
+    """The store that the ranks met in, under a prefix, by a connection of its own: the process group's may be blocked in
+    a wait of another thread. A world of one has a store to itself."""
+    store: dist.Store = dist.HashStore()
+    if ranks > 1:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        reach = timedelta(seconds=_REACH_S)
+        store = dist.TCPStore(host, port, is_master=False, timeout=reach, wait_for_workers=False)
+    return dist.PrefixStore(prefix, store)
+
+
 class Board:
     """Positions of all ranks in the store that they met in; every rank writes its own. Building it is not collective.
 
@@ -49,13 +60,7 @@ class Board:
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
-        self._store: dist.Store = dist.HashStore()
-        if ranks > 1:
-            # A connection of its own: the process group's may be blocked in a wait of another thread.
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            reach = timedelta(seconds=_REACH_S)
-            self._store = dist.TCPStore(host, port, is_master=False, timeout=reach, wait_for_workers=False)
-        self._store = dist.PrefixStore("whereabouts", self._store)
+        self._store = own_connection("whereabouts", ranks)
 
     def publish(self, position: Position) -> None:
         self._store.set(f"now/{self.rank}", json.dumps(asdict(position)))

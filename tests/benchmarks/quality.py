@@ -107,12 +107,12 @@ class DigitsBench:
                 print_line(name, costs[name], weights, str(seed), by_evaluations)
             return trained
 
-        run("flow matching, constant", FLOW_CONSTANT, steps)
         base = run("flow matching", FLOW, steps)
+        run("default, warm start", DEFAULT, self.size.warm_steps, start=base.ema)
         run("published", PUBLISHED, steps)
         run("default", DEFAULT, steps)
+        run("flow matching, constant", FLOW_CONSTANT, steps)
         run("flow matching, equal FLOPs", FLOW, round(steps * costs["default"]))
-        run("default, warm start", DEFAULT, self.size.warm_steps, start=base.ema)
         return scores, costs
 
 

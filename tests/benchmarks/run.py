@@ -15,6 +15,7 @@ from pathlib import Path
 NAMES = (
     "passes",
     "step_cost",
+    "overhead",
     "order",
     "shuffle",
     "traffic",

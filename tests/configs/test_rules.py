@@ -62,6 +62,11 @@ def test_guidance_that_diverges_is_refused_until_allowed() -> None:
         (["optimizer.betas=[0.9, 1.0]"], r"both lie in \[0, 1\)"),
         (["schedule.name=step"], "choose constant, linear or cosine"),
         (["schedule.warmup_steps=5000"], "does not lie within train.steps"),
+        (["train.non_finite=ignore"], "choose stop or skip"),
+        (["train.max_skips=-1"], "must be 0 or more"),
+        (["profile.steps=[5]"], "write the first and the last step"),
+        (["profile.steps=[5, 4]"], "write the first and the last step"),
+        (["runtime.hang_timeout_s=0"], "must be positive"),
         (["ema.decay=0"], "sample.weights=ema needs averaged weights"),
         (["ema.decay=0", "objective.teacher=ema"], "objective.teacher=ema needs averaged weights"),
         (["evaluate.images=15"], "multiple of 10"),
@@ -71,6 +76,7 @@ def test_guidance_that_diverges_is_refused_until_allowed() -> None:
         (["data.manifest=null", "data.sources=[{manifest: x, weight: .nan}]"], "the weight of x must be positive"),
         (["data.small_buckets=merge"], "choose refuse, repeat or drop"),
         (["runtime.matmul_precision=low"], "choose highest, high or medium"),
+        (["runtime.preflight=maybe"], "choose strict, warn or off"),
     ],
 )
 def test_a_broken_rule_names_the_remedy(overrides: list[str], message: str) -> None:

@@ -26,8 +26,8 @@ class MemoryFolder:
         self.reads: list[tuple[str, int, int | None]] = []
         self._lock = threading.Lock()
 
-    def sizes(self) -> dict[str, int]:
-        return {name: len(body) for name, body in self.objects.items()}
+    def sizes(self, beginning: str = "") -> dict[str, int]:
+        return {name: len(body) for name, body in self.objects.items() if name.startswith(beginning)}
 
     def read(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> bytes:
         with self._lock:

@@ -5,8 +5,10 @@ import struct
 import numpy as np
 import pytest
 
-from data.arrays import npy_bytes, read_npy
+from data.arrays import Array, npy_bytes, read_npy
+from data.batch import Batch, collate
 from data.s3 import DataError
+from data.samples import Sample
 
 
 def test_arrays_come_back_bit_by_bit() -> None:
@@ -52,6 +54,22 @@ def test_a_header_that_promises_much_allocates_nothing() -> None:
     huge = header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 3), }")
     with pytest.raises(DataError, match="0 bytes for an array"):
         read_npy(huge, "float32", (None, 3), "here")
+
+
+@pytest.mark.parametrize("other", [None, 5])
+def test_pooled_embeddings_that_do_not_go_together_are_refused_by_key(other: int | None) -> None:
+    def sample(key: str, pooled: int | None) -> Sample:
+        arrays: dict[str, Array] = {"text": np.zeros((2, 3), np.float32), "mask": np.ones(2, bool)}
+        return Sample(key, "", arrays=arrays if pooled is None else {**arrays, "pooled": np.zeros(pooled, np.float32)})
+
+    def batch(samples: list[Sample]) -> Batch:
+        return collate(0, (8, 8), range(2), samples, ["s.tar"] * 2, [0, 0], [], "float32")
+
+    found = batch([sample("a", 4), sample("b", 4)]).precomputed
+    assert found is not None and found.text.pooled is not None and found.text.pooled.shape == (2, 4)
+    for pair in ((sample("a", 4), sample("b", other)), (sample("a", other), sample("b", 4))):
+        with pytest.raises(DataError, match=r"pooled differs between .*in sample a, .*in sample b"):
+            batch(list(pair))
 
 
 def test_pickled_objects_are_never_written() -> None:

@@ -116,6 +116,21 @@ def test_a_fetch_under_way_in_another_process_is_left_alone(store: ObjectStore, 
     assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".object"}
 
 
+def test_a_dead_fetch_under_the_lock_of_the_next_one_does_not_keep_it_waiting(
+    store: ObjectStore, objects: str, tmp_path: Path
+) -> None:
+    cache = ShardCache(str(tmp_path), 100)
+    lock = cache.path(Object(open_folder(objects, store.endpoint_url), "a", 100)).name[:8]
+    dead = tmp_path / f"{lock}{'0' * 32}.part"
+    dead.write_bytes(b"x" * 100)
+    pool = ThreadPoolExecutor(1)
+    try:
+        assert pool.submit(read, cache, store, objects, "a").result(timeout=20) == b"a" * 100
+    finally:
+        dead.unlink(missing_ok=True)  # what still waits ends
+        pool.shutdown()
+
+
 def test_a_spent_budget_is_not_spent_again_by_those_who_waited(
     store: ObjectStore, objects: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

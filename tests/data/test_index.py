@@ -92,6 +92,7 @@ def test_a_changed_index_is_refused(tmp_path: Path) -> None:
         ({"spans": [[[0, 10**9], None], [None, None]]}, "lies outside"),
         ({"spans": [[[2**62, 2**62], None], [None, None]]}, "lies outside"),
         ({"spans": [[[-5, 1], None], [None, None]]}, "lies outside"),
+        ({"spans": [[[5, -1], None], [None, None]]}, "lies outside"),
         ({"extensions": ["pkl", "txt"]}, "is a pickle"),
     ],
 )

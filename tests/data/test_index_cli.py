@@ -10,6 +10,7 @@ from data.index_cli import main
 from data.loader import Loader
 from data.manifest import read_manifest
 from data.order import Order
+from data.store import S3Store, Stored
 from data.verify import verify
 from tests.data.conftest import ObjectStore
 from tests.data.pictures import body, contents, picture, write_tar
@@ -123,6 +124,21 @@ def test_tars_on_s3_get_manifest_and_indexes_there(tmp_path: Path, store: Object
     assert there.digest == here.digest
     assert all(shard.etag for shard in there.shards)
     assert verify(url, store.endpoint_url) == (18, [])
+
+
+@pytest.mark.parametrize("name", ["../outside.tar", "/outside.tar", "a/../../outside.tar"])
+def test_object_names_that_lead_outside_are_refused_unread(
+    tmp_path: Path,
+    store: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    url = store.upload(plain_webdataset(tmp_path / "set", ((16, 24),)), f"hostile{len(name)}", "set")
+    monkeypatch.setattr(S3Store, "files", lambda self: {name: Stored(10, 0.0, None)})
+    monkeypatch.setattr(S3Store, "download", lambda *given: pytest.fail("it was fetched"))
+    assert main([url, *HERE, "--endpoint-url", store.endpoint_url]) == 1
+    assert f"the name {name!r} leads outside of it" in capsys.readouterr().err
 
 
 def test_folders_without_tars_and_unfinished_packings_are_refused(

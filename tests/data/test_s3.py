@@ -18,6 +18,11 @@ def test_disk_and_s3_give_the_same_bytes(store: ObjectStore, digits_folder: Path
     assert isinstance(here, LocalFolder)
     assert isinstance(there, S3Folder)
     assert here.sizes() == there.sizes()
+    assert (
+        here.sizes("digits-000003").keys()
+        == there.sizes("digits-000003").keys()
+        == {f"digits-000003.{s}" for s in ("tar", "idx")}
+    )
     name = "digits-000003.tar"
     assert here.read(name) == there.read(name)
     assert here.read(name, 512, 100) == there.read(name, 512, 100) == here.read(name)[512:612]
@@ -53,6 +58,13 @@ def test_listing_goes_past_one_page(store: ObjectStore) -> None:
     finally:
         folder._client.meta.events.unregister(event, two_a_page)
     assert store.gets["/pages"] == 3
+
+
+def test_the_folders_that_consoles_make_are_no_objects(store: ObjectStore) -> None:
+    store.client.create_bucket(Bucket="console")
+    for key in ("set/", "set/deeper/", "set/x"):
+        store.client.put_object(Bucket="console", Key=key, Body=b"")
+    assert open_folder("s3://console/set", store.endpoint_url).sizes() == {"x": 0}
 
 
 def test_a_changed_object_names_both_etags(store: ObjectStore) -> None:

@@ -77,6 +77,16 @@ def test_unusable_samples_name_shard_and_key(tmp_path: Path, members: dict[str, 
         read(tmp_path, members)
 
 
+def test_a_machine_without_memory_chooses_no_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*given: object, **more: object) -> None:
+        raise MemoryError
+
+    body = png(GRAY)
+    monkeypatch.setattr("PIL.Image.open", exhausted)
+    with pytest.raises(MemoryError):
+        read(tmp_path, {"k.png": body, "k.txt": b""})
+
+
 def test_a_shard_cut_short_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the shard is cut short") as error:
         read(tmp_path, {"k.png": png(np.zeros((3, 4), np.uint8)), "k.txt": b"caption"}, cut=True)

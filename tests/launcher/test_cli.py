@@ -20,7 +20,10 @@ VERBS = [(), ("train",), ("config",), ("model", "tiny"), ("config", "diff")]
 DATA_VERBS = [("data", name) for name in ("demo", "pack", "index", "verify")]
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *DATA_VERBS])
+CHECKPOINT_VERBS = [("checkpoint", name) for name in ("ls", "diff", "verify")]
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *DATA_VERBS, *CHECKPOINT_VERBS])
 def test_every_verb_has_help(verb: tuple[str, ...]) -> None:
     result = invoke(*verb, "--help")
     assert result.exit_code == 0 and "Usage" in result.output
@@ -96,3 +99,25 @@ def test_data_verbs_pass_arguments_and_exit_status_on(
     error = capfd.readouterr().err
     assert result.exit_code == 1 and "error: " in error and (first or [str(tmp_path / "nowhere")])[0] in error
     assert invoke("data", name, "x", "y", "--misspelt").exit_code == 2
+
+
+def test_parity_starts_the_check_with_what_the_user_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, ...]] = []
+
+    def record(*words: str) -> None:
+        started.append(words)
+
+    monkeypatch.setattr(cli, "_module", record)
+    assert invoke("parity", SMOKE, "--quick", "objective.order=1").exit_code == 0
+    assert started == [("trainer.parity", "--config", SMOKE, "--quick", "objective.order=1")]
+    assert invoke("parity", SMOKE, "objective.ordr=1").exit_code == 2 and len(started) == 1
+
+
+@pytest.mark.parametrize("verb", [("ls",), ("verify",), ("diff", "absent")])
+def test_checkpoint_verbs_pass_arguments_and_exit_status_on(
+    verb: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name, *first = verb
+    result = invoke("checkpoint", name, *first, str(tmp_path / "nowhere"))
+    error = capfd.readouterr().err
+    assert result.exit_code == 2 and "error: " in error and (first or [str(tmp_path / "nowhere")])[0] in error

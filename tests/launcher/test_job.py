@@ -26,6 +26,12 @@ def test_our_root_comes_first_and_the_rest_of_the_environment_stays() -> None:
     assert environment(JOB, {})["PYTHONPATH"] == "/root/of/it"
 
 
+def test_tools_beside_the_interpreter_are_found_once_on_the_path() -> None:
+    tools = str(Path(sys.executable).parent)
+    assert environment(JOB, {"PATH": "/usr/bin:/bin"})["PATH"] == f"{tools}:/usr/bin:/bin"
+    assert environment(JOB, {"PATH": f"/usr/bin:{tools}"})["PATH"] == f"/usr/bin:{tools}"
+
+
 def test_ranks_and_threads_follow_the_machine_unless_configured() -> None:
     assert [processes(None, 8), processes(2, 8), processes(None, 0)] == [8, 2, 1]
     assert [threads(None, 8, 2), threads(1, 8, 2), threads(None, 2, 4)] == [4, 1, 1]

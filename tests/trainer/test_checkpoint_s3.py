@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import Checkpoint
+from data.s3 import DataError
 from tests.data.conftest import ObjectStore, store  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
 from tests.trainer.engines import toy
@@ -164,6 +165,31 @@ def test_a_server_that_fails_amid_an_upload_costs_one_save_and_nothing_else(
     checkpoints.write(15, parts_of(big), {})
     assert checkpoint_store.latest(place) == "step_00000015" and busy.times == 0
     assert "Uploads" not in store.client.list_multipart_uploads(Bucket="failing"), "leftovers were removed"
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_an_upload_whose_completion_fails_is_there_or_says_why(
+    prefix: S3Checkpoints, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    """The answer alone was lost, or the store refuses: the look for the object must not hide the reason."""
+    monkeypatch.setattr(checkpoint_s3, "_PART", 5 * MIB)
+    original = S3Checkpoints._request
+
+    def refused(self: S3Checkpoints, operation: str, *args: Any, **kwargs: Any) -> Any:
+        if operation != "complete_multipart_upload":
+            return original(self, operation, *args, **kwargs)
+        if arrives:
+            original(self, operation, *args, **kwargs)
+        raise DataError("access refused")
+
+    monkeypatch.setattr(S3Checkpoints, "_request", refused)
+    big = parts_of({"w": torch.randn(3 * MIB)})
+    if arrives:
+        assert checkpoint_store.latest(prefix) is None and alone(prefix).write(5, big, {}) == "step_00000005"
+        assert checkpoint_store.latest(prefix) == "step_00000005"
+    else:
+        with pytest.raises(CheckpointError, match="access refused"):
+            alone(prefix).write(5, big, {})
 
 
 def test_retention_takes_the_certificate_first(prefix: S3Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

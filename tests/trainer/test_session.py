@@ -7,6 +7,7 @@ import pytest
 from data.s3 import DataError
 from trainer.certificate import CheckpointError
 from trainer.loop import PeerWithoutBatch, StepRefused
+from trainer.preflight import PreflightRefused
 from trainer.run_folder import RunRefused
 from trainer.session import vain
 from trainer.stages import OutOfMemory
@@ -18,7 +19,15 @@ def test_a_mistake_that_a_person_must_mend_is_vain(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [DataError("S3"), CheckpointError("disk"), PeerWithoutBatch("x"), RuntimeError("NCCL"), OSError("x")]
+    "error",
+    [
+        DataError("S3"),
+        CheckpointError("disk"),
+        PeerWithoutBatch("x"),
+        PreflightRefused("node"),
+        RuntimeError("NCCL"),
+        OSError("x"),
+    ],
 )
 def test_trouble_of_the_surroundings_may_pass(error: Exception) -> None:
     with pytest.raises(type(error)) as caught:

@@ -159,6 +159,24 @@ def test_killed_interrupted_and_resumed_ends_bit_equal(assets: Path, tmp_path: P
     assert again.returncode == 0 and "finished already" in said
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rank_that_is_stopped_for_good_ends_the_run_with_stacks(assets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    budgets = "runtime.hang_timeout_s=4", "runtime.hang_first_timeout_s=30"
+    process = start(assets, run, "train.steps=100000", "data.workers=0", "tracking.held_out_every=0", *budgets)
+    wait_for(lambda: logged_steps(run) >= 3, process)
+    os.kill(worker_pid(run, 1), signal.SIGSTOP)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "rank 0 ended with exit code 75" in said
+    assert "the run hangs: rank 0 made no progress" in said and "rank 1 is silent (last seen in stage" in said
+    stacks = next((run / "logs").rglob("attempt_0/0/stderr.log")).read_text()
+    assert "stacks of rank 0" in stacks and "in fit" in stacks
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["vain"]) == ("failed", False)
+
+
 @pytest.mark.parametrize(
     "mistake, expected",
     [

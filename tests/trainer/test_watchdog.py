@@ -43,6 +43,7 @@ class Nets:
 def a_run(folder: Path, runtime: Runtime = RUNTIME) -> Any:
     """What the watchdog asks of a run, on this rank; its words go to <folder>/rank_<n>."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    (folder / f"began_{rank}").touch()
     log = os.open(folder / f"rank_{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 2)
     sys.stderr = os.fdopen(os.dup(log), "w")
@@ -134,15 +135,17 @@ def different_calls(folder: Path, budget: float) -> None:
 
 
 def ended(function: Any, folder: Path, *more: Any) -> tuple[str, str, float]:
-    """What ranks 0 and 1 wrote, and after how many seconds a rank ended."""
-    began = time.monotonic()
+    """What ranks 0 and 1 wrote, and the seconds from their start to the last word in the run's status."""
     with pytest.raises(RankFailedError, match=f"exit code {EXIT_CODE}"):
         run_ranks(function, 2, folder, *more, timeout=150)
-    return (folder / "rank_0").read_text(), (folder / "rank_1").read_text(), time.monotonic() - began
+    seconds = (folder / "status").stat().st_mtime - (folder / "began_0").stat().st_mtime
+    return (folder / "rank_0").read_text(), (folder / "rank_1").read_text(), seconds
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_ends_the_run_with_the_stacks_of_both(tmp_path: Path) -> None:
-    first, second, _ = ended(sleeping_rank, tmp_path)
+    first, second, seconds = ended(sleeping_rank, tmp_path)
+    assert seconds < 20
     assert "stacks of rank 0, in stage 'targets' of step 4" in first and "in barrier" in first
     assert "stacks of rank 1" in second and "in sleep_long" in second
     for said in (first, second):
@@ -151,12 +154,14 @@ def test_a_rank_that_sleeps_ends_the_run_with_the_stacks_of_both(tmp_path: Path)
     assert "the run hangs" in (tmp_path / "status").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path) -> None:
     first, _, _ = ended(stopped_rank, tmp_path)
     assert "stacks of rank 0" in first
     assert "rank 1 is silent (last seen in stage 'encode' of step 4" in first
 
 
+@pytest.mark.slow
 def test_a_loader_that_hangs_is_found_in_the_data_stage(tmp_path: Path) -> None:
     first, second, _ = ended(hanging_loader, tmp_path)
     assert "rank 0: in stage 'agree' of step 6" in first
@@ -164,6 +169,7 @@ def test_a_loader_that_hangs_is_found_in_the_data_stage(tmp_path: Path) -> None:
     assert "in sleep_long" in second
 
 
+@pytest.mark.slow
 def test_unequal_calls_are_named_long_before_the_budget(tmp_path: Path) -> None:
     first, second, seconds = ended(different_calls, tmp_path, 100.0)
     assert seconds < 25

@@ -15,7 +15,7 @@ class Ema:
     k starts at k_1 = decay / 2, and an update after each optimizer step equals the published one before use (law 4).
 
     decay: final decay rate D in (0, 1). averaged, online: this rank's shards in equal order; the averaged ones hold the
-    copy already and are moved in place.
+    copy already and are moved in place. They may lie on another device (a teacher beside offloaded masters).
     """
 
     def __init__(self, decay: float, averaged: Sequence[Tensor], online: Sequence[Tensor]) -> None:
@@ -28,7 +28,11 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Move the averaged weights once; after the optimizer step."""
-        torch._foreach_lerp_(self._averaged, self._online, 1 - self.k)
+        if all(a.device == b.device for a, b in zip(self._averaged, self._online, strict=True)):
+            torch._foreach_lerp_(self._averaged, self._online, 1 - self.k)
+        else:
+            for averaged, online in zip(self._averaged, self._online, strict=True):
+                averaged.lerp_(online.to(averaged.device), 1 - self.k)
         self.k += (1 - self.k) * (self.decay - self.k) / 2
 
     @torch.no_grad()

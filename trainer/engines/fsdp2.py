@@ -105,7 +105,7 @@ class FSDP2:
             averaged = {name: sharding.local_part(shard).view(-1) for name, shard in of_teacher.items()}
         # Plain tensors over the shards' memory: no DTensor dispatch in the update, and any optimizer will do.
         shards = {name: self._shard(parameter) for name, parameter in self._parameters.items()}
-        self._state = ShardedState(shards, optimizer, ema.decay, averaged, self.mesh.get_group("shard"))
+        self._state = ShardedState(shards, optimizer, ema.decay, averaged, options.replicate)
         self._swapped = False
 
     def _shard(self, parameter: DTensor) -> Shard:

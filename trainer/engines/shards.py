@@ -31,10 +31,10 @@ class Shard:
 
 
 class ShardedState:
-    """Parameters, moments and averaged weights of this rank, by parameter name; every element is one rank's.
+    """Parameters, moments and averaged weights of this rank, by parameter name.
 
     decay: of the averaged weights, 0 keeps none. averaged: memory that holds them already, by name; None makes a copy.
-    group: ranks that hold every element once, together; None: all.
+    copies: ranks that hold the same element.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class ShardedState:
         optimizer: OptimizerOptions,
         decay: float,
         averaged: Mapping[str, Tensor] | None = None,
-        group: dist.ProcessGroup | None = None,
+        copies: int = 1,
     ) -> None:
         self._shards = dict(shards)
-        self._group = group
+        self._copies = copies
         self._max_grad_norm = optimizer.max_grad_norm
         trainable = {name: shard.local for name, shard in shards.items() if shard.trainable}
         self._leaves = {name: nn.Parameter(local) for name, local in trainable.items()}
@@ -88,8 +88,10 @@ class ShardedState:
         gradients = [leaf.grad for leaf in leaves if leaf.grad is not None and leaf.numel()]
         if gradients:
             squares += nn.utils.get_total_norm(gradients).double().square()
-        dist.all_reduce(squares, group=self._group)
-        return squares.sqrt().to(leaves[0].dtype)
+        # Over all ranks, so that it is the same to the last bit everywhere: copies that were clipped by groups of their
+        # own would drift apart, and nothing would bring them together again.
+        dist.all_reduce(squares)
+        return (squares / self._copies).sqrt().to(leaves[0].dtype)
 
     def parts(self) -> Iterator[TensorPart]:
         """Parameters, moments and averaged weights, in an order equal on all ranks."""

@@ -39,6 +39,7 @@ class CountedNets:
         self.counts = PassCounts()
         self.calls, self.called_step = 0, -1
         self.step_calls = (0, 0)
+        self._aside = False
 
     def begin_step(self, step: int) -> None:
         """The calls from here on belong to `step`."""
@@ -47,7 +48,8 @@ class CountedNets:
     def velocity(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Any, weights: Tensor | None = None) -> Tensor:
         graded = torch.is_grad_enabled()
         self.calls += 1
-        self.step_calls = (self.step_calls[0] + (not graded), self.step_calls[1] + graded)
+        if not self._aside:
+            self.step_calls = (self.step_calls[0] + (not graded), self.step_calls[1] + graded)
         if graded:
             self.counts.graded_passes += 1
             self.counts.graded_rows += len(t)
@@ -62,11 +64,11 @@ class CountedNets:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within the context nothing is counted: held-out loss and sampling are not part of a step."""
-        kept, self.counts, calls = self.counts, PassCounts(), self.step_calls
+        kept, self.counts, self._aside = self.counts, PassCounts(), True
         try:
             yield
         finally:
-            self.counts, self.step_calls = kept, calls
+            self.counts, self._aside = kept, False
 
     def drain(self) -> PassCounts:
         """Counts since the last call."""

@@ -35,6 +35,27 @@ class Refused(Exception):
     """The server will never accept this entry; its message says why."""
 
 
+def reach(uri: str) -> str:
+    """Ask the tracking server, or look at the place of the sqlite file, without making anything; what it says.
+
+    Raises whatever MLflow raises where it does not answer or refuses; OSError where the file cannot be written.
+    """
+    file = _sqlite_file(uri)
+    if file is not None and not file.exists():
+        place = next(folder for folder in file.parents if folder.exists())
+        if not os.access(place, os.W_OK):
+            raise PermissionError(f"cannot write to {place}")
+        return "a new database"
+    if file is not None and not os.access(file, os.W_OK):
+        raise PermissionError(f"cannot write to {file}")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    found = MlflowClient(tracking_uri=_local_path_made(uri)).search_experiments(max_results=1)
+    return f"{len(found) or 'no'} experiment{'s' * (len(found) != 1)} seen"
+
+
 class MlflowStore:
     """An open MLflow run: that of `run_id` if it still exists, else the one that carries `token`, else a new one."""
 

@@ -49,3 +49,10 @@ def test_swapping_twice_restores_every_bit() -> None:
 def test_a_decay_outside_zero_to_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ema\.decay"):
         Ema(1.0, [], [])
+
+
+def test_averages_may_lie_on_another_device_than_the_weights() -> None:
+    """As those of a teacher on a GPU do beside masters in host memory; meta stands for the GPU."""
+    ema = Ema(0.9, [torch.zeros(3, device="meta")], [torch.ones(3)])
+    ema.update()
+    assert ema.k > 0.45
