@@ -238,6 +238,23 @@ def schema_sections() -> dict[str, list[knobs.Knob]]:
     return {section: classes[name] for section, name in names.items() if name in classes}
 
 
+def all_knobs(config: Config) -> dict[str, list[knobs.Knob]]:
+    """Every knob by section, the plug-ins' own options included."""
+    plugins = {kind: knobs.plugin_knobs(kind, getattr(config, kind)["name"]) for kind in knobs.FOLDERS}
+    return {**schema_sections(), **plugins}
+
+
+def new_knobs(earlier: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Flat key -> default of the knobs of which `earlier`, written by an earlier version, says nothing."""
+    flat, new = flatten(earlier), dict[str, Any]()
+    for section, section_knobs in all_knobs(config).items():
+        for knob in section_knobs:
+            key = f"{section}.{knob.name}"
+            if knob.has_default and not any(name == key or name.startswith(f"{key}.") for name in flat):
+                new |= flatten({key: json_value(knob.default)})
+    return new
+
+
 def _redact(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         return {name: _redact(inner, str(name)) for name, inner in value.items()}

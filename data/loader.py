@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,8 +38,7 @@ class Loader:
     a shard or index is missing or has another size than the manifest says; iteration raises DataError for data that
     cannot be read.
 
-    last_wait_s, total_wait_s: seconds that the caller waited for the last batch, and for all of them. reach: what this
-    node reads of remote data and how.
+    reach: what this node reads of remote data and how.
     """
 
     def __init__(
@@ -80,7 +78,6 @@ class Loader:
         self.steps = range(start_step, steps)
         self.workers = workers
         self.prefetch = _prefetch(manifest, order.global_batch_size // world_size, workers, prefetch, prefetch_gb)
-        self.last_wait_s = self.total_wait_s = 0.0
         cache = ShardCache(cache_dir, int(cache_gb * 1e9), fetch_threads)
         remote = {url for url, folder in folders.items() if folder.local_path("") is None}
         node, self._leads = divmod(rank, local_world_size)[0], rank % local_world_size == 0
@@ -143,13 +140,10 @@ class Loader:
     ) -> Iterator[Batch | RawBatch]:
         try:
             for step in self.steps:
-                began = time.perf_counter()
                 try:
                     batch = next(batches)
                 except (RuntimeError, OSError, EOFError) as error:
                     raise self._explained(error, progress, step) from error
-                self.last_wait_s = time.perf_counter() - began
-                self.total_wait_s += self.last_wait_s
                 if isinstance(batch, Failure):
                     raise DataError(batch.message)
                 if look_ahead is not None and not look_ahead.tell(step):

@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 READ_BUDGET_S = 60.0
 _PIECE = 1 << 20
-_ABSENT = "no such object; check data.manifest, and that the upload finished"
-_SILENT = "the server cannot be reached; check data.endpoint_url and the network"
+_ABSENT = "no such object; check the URL (data.manifest, checkpoint.dir), and that the upload finished"
+_SILENT = "the server cannot be reached; check endpoint_url (of data or checkpoint) and the network"
 _DENIED = "access refused; check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE) and the bucket's policy"
 _REMEDIES = {
     "NoSuchKey": _ABSENT,
     "404": _ABSENT,
-    "NoSuchBucket": "no such bucket; check data.manifest",
+    "NoSuchBucket": "no such bucket; check the URL (data.manifest, checkpoint.dir)",
     "NoCredentialsError": "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "EndpointConnectionError": _SILENT,
     "ConnectTimeoutError": _SILENT,
@@ -147,16 +147,15 @@ class S3Folder:
     def _listing(self, beginning: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
         """(relative name, entry of the store's answer) of every object but the "folders" of consoles, page by page."""
         start = f"{self.prefix}/" if self.prefix else ""
-        more: dict[str, str] = {}
+        wanted = {"Prefix": f"{start}{beginning}"}
         while True:
-            wanted = {"Prefix": f"{start}{beginning}"} | more
             page = self._request("list_objects_v2", self.url, Budget(self.read_budget_s), **wanted)
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):
                     yield entry["Key"][len(start) :], entry
             if not page.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            wanted["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, name: str, start: int = 0, size: int | None = None, etag: str | None = None) -> bytes:
         if size == 0:
@@ -187,12 +186,7 @@ class S3Folder:
         return _client(os.getpid(), self.endpoint_url, longest_silence_s(self.read_budget_s))
 
     def _body(
-        self,
-        name: str,
-        start: int = 0,
-        size: int | None = None,
-        etag: str | None = None,
-        losses: Losses | None = None,
+        self, name: str, start: int = 0, size: int | None = None, etag: str | None = None, losses: Losses | None = None
     ) -> Iterator[bytes]:
         """The object's bytes from `start`, at most `size`, by as many GETs as it takes."""
         url, budget, position = self.url_of(name), Budget(self.read_budget_s, losses), start

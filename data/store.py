@@ -64,8 +64,9 @@ def sole_writer(store: Store) -> Iterator[None]:
     scratch = store.scratch()
     try:
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if scratch.stat().st_uid != os.getuid():
-            raise DataError(f"{scratch}: belongs to another user; set TMPDIR to a folder of yours")
+        # What it holds is removed below: a link that somebody left in a shared /tmp could name anything.
+        if scratch.is_symlink() or scratch.stat().st_uid != os.getuid():
+            raise DataError(f"{scratch}: is a link or belongs to another user; set TMPDIR to a folder of yours")
         with open(scratch / "lock", "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

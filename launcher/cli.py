@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from configs import knobs, load
+from configs import load
 from configs.folders import ForeignFolder, refuse_foreign, run_folder, unused
 from configs.schema import Config
 from launcher import allocation, cluster_cli, doctor_cli, local
@@ -122,7 +122,7 @@ def show(
         "key", "value", "default", "type", "unit", "meaning", title="values that differ from the default in bold"
     )
     values = load.to_dict(config)
-    for section, section_knobs in all_knobs(config).items():
+    for section, section_knobs in load.all_knobs(config).items():
         for knob in section_knobs:
             value = values[section][knob.name]
             default = load.json_value(knob.default) if knob.has_default else "required"
@@ -221,12 +221,6 @@ def checkpoint_verify(
 def model_tiny(context: typer.Context, dest: Path) -> None:
     """Write a tiny Qwen-Image folder with random weights (options: python -m models.tiny --help)."""
     _module("models.tiny", str(dest), *context.args)
-
-
-def all_knobs(config: Config) -> dict[str, list[knobs.Knob]]:
-    """Every knob by section, the plug-ins' own options included."""
-    plugins = {kind: knobs.plugin_knobs(kind, getattr(config, kind)["name"]) for kind in knobs.FOLDERS}
-    return {**load.schema_sections(), **plugins}
 
 
 def _nproc(arguments: list[str]) -> tuple[int, list[str]]:

@@ -228,12 +228,13 @@ def build_loader(
 
 
 def held_out_batch(config: Config, world: World) -> Batch | None:
-    """This rank's rows of the first global batch of the held-out data; the same at every call."""
+    """This rank's rows of the first global batch of the held-out data; the same at every call. A set, or a bucket of it,
+    that is smaller than the global batch is repeated in it."""
     data = config.data
     if data.held_out is None:
         return None
     manifest = read_manifest(data.held_out, data.endpoint_url, data.read_budget_s)
-    order = Order(manifest, seed=0, global_batch_size=config.train.global_batch_size)
+    order = Order(manifest, seed=0, global_batch_size=config.train.global_batch_size, small_buckets="repeat")
     return next(iter(build_loader(config, world, order, manifest, steps=1)))
 
 

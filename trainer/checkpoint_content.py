@@ -107,5 +107,5 @@ def _measure(first: CheckpointReader, second: CheckpointReader, group: str, name
         apart = (a.double() - other).abs()
         distance += float(apart.square().sum())
         norm += float(other.square().sum())
-        largest = max(largest, float(apart.max()))
+        largest = max(largest, float(apart.max().nan_to_num(math.inf)))
     return math.sqrt(distance), math.sqrt(norm), largest

@@ -50,7 +50,8 @@ class CheckpointStore(Protocol):
         """Fill `block` with the file's bytes from `start` on."""
 
     def begin(self, step: int) -> str:
-        """Remove what killed saves left behind and prepare one of `step`. By rank 0, before any rank writes."""
+        """Remove what killed saves and removals left behind and prepare a save of `step`. By rank 0, before any rank
+        writes."""
 
     def write(self, attempt: str, rank: int, staged: StagedFile) -> str:
         """Write a rank's file so that it stays; its name in the certificate."""
@@ -59,7 +60,8 @@ class CheckpointStore(Protocol):
         """Make the save a checkpoint in one act, in place of an earlier one of that step; its name. By rank 0."""
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint, its certificate first."""
+        """Remove a checkpoint; an interruption leaves nothing that looks complete, and what it leaves goes with the next
+        save."""
 
 
 def open_store(where: str | Path, endpoint_url: str | None = None, budget_s: float = READ_BUDGET_S) -> CheckpointStore:
@@ -207,9 +209,11 @@ class LocalCheckpoints:
 
     def remove(self, name: str) -> None:
         folder = self.folder / name
+        # Out of sight in one act; what an interruption leaves of it, the next save removes.
+        doomed = self.folder / f".{named(step_of(name))}.removed.partial"
         try:
-            (folder / certificates.NAME).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
         except OSError as error:
             _log.warning("cannot remove the old checkpoint %s (%s): remove it before the disk fills", folder, error)
 

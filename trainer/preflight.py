@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 from configs.schema import Config
 from trainer.engines.distributed import World
@@ -35,11 +36,13 @@ def preflight(config: Config, world: World, tracker: Tracker | NullTracker) -> N
     wanted = policy(config)
     if wanted == "off":
         return
+    began = time.monotonic()
     report = examine(world, config, BRIEF)
+    seconds = round(time.monotonic() - began, 1)
     lines = [row.line() for row in report.rows if row.level != GREEN]
     if world.rank == 0:
-        tracker.event("preflight", level=report.level, findings=lines)
-        log.info("preflight of %d ranks on %d nodes: %s", world.world_size, report.nodes, report.level)
+        tracker.event("preflight", level=report.level, seconds=seconds, findings=lines)
+        log.info("preflight of %d ranks on %d nodes: %s (%s s)", world.world_size, report.nodes, report.level, seconds)
         for line in lines:
             log.warning("preflight: %s", line)
     if report.level == RED and wanted == "strict":

@@ -54,7 +54,9 @@ def open_run(
     circumstance = {**configuration.circumstance(config), "world_size": world_size}
     store, earlier, changes = open_checkpoints(config, path), {}, []
     if record.exists():
-        earlier = json.loads(record.read_text())
+        earlier = _record(record)
+        new = configuration.new_knobs(earlier["identity"], config)
+        earlier["identity"] |= {key: default for key, default in new.items() if key in identity}
         changes = _changes(path, store, earlier, identity, circumstance, allow_change)
     else:
         refuse_foreign(path)
@@ -67,6 +69,19 @@ def open_run(
     if config.checkpoint.dir and owner is None:  # after our own record: a start killed between the two knows its id
         store.claim(own)
     return RunFolder(path, _finished(path, config.train.steps), tuple(changes))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """run.json of an earlier start; RunRefused where it is damaged."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        if not all(isinstance(record[part], dict) for part in ("identity", "circumstance")):
+            raise TypeError("a part of it is no mapping")
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunRefused(
+            f"{path} is damaged ({error!r}), so that nothing says which run this is: restore it, or start with --fresh"
+        ) from error
+    return record
 
 
 def _changes(

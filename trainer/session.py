@@ -39,7 +39,15 @@ from trainer.training_data import read_data
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 # What a person can mend: one message, no traceback.
-EXPLAINED = (DataError, RunRefused, PreflightRefused, StepRefused, OutOfMemory, CheckpointError, weights.CheckpointError)
+EXPLAINED = (
+    DataError,
+    RunRefused,
+    PreflightRefused,
+    StepRefused,
+    OutOfMemory,
+    CheckpointError,
+    weights.CheckpointError,
+)
 
 
 def main(

@@ -8,6 +8,7 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -53,7 +54,7 @@ class StagedFile:
         total = sum(part.local.numel() * part.local.element_size() for part in parts)
         if self._block.numel() != total:
             self._block = torch.empty(0, dtype=torch.uint8)  # the old block goes before the new one comes
-            self._block = torch.empty(total, dtype=torch.uint8, pin_memory=on_gpu)
+            self._block = _pinned(total) if on_gpu else torch.empty(total, dtype=torch.uint8)
         entries: dict[str, dict[str, object]] = {}
         position = 0
         for part in ordered:
@@ -85,6 +86,20 @@ class StagedFile:
         block = self._block.numpy().data
         for start in range(0, len(block), longest):
             yield block[start : start + longest]
+
+
+def _pinned(size: int) -> Tensor:
+    """Page-locked host memory [bytes]. torch's own allocator rounds up to a power of two, which doubles large blocks."""
+    block = torch.empty(size, dtype=torch.uint8)
+    runtime = torch.cuda.cudart()
+    failed = int(runtime.cudaHostRegister(block.data_ptr(), size, 0))
+    if failed:
+        raise CheckpointError(
+            f"{size / 1e9:.1f} GB of host memory for saving cannot be page-locked (CUDA error {failed}): raise the limit "
+            "of locked memory (ulimit -l), or give the node more memory"
+        )
+    weakref.finalize(block, runtime.cudaHostUnregister, block.data_ptr())
+    return block
 
 
 class FileIndex:

@@ -26,6 +26,7 @@ NAMES = (
     "kill",
     "checkpoint",
     "load",
+    "interchange",
     "slurm",
     "quality",
 )

@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +39,6 @@ def write_folder(folder: Path, count: int, sizes: tuple[tuple[int, int], ...] = 
         path.write_bytes(body(picture(*sizes[n % len(sizes)], n), "JPEG" if kind == "jpg" else "PNG"))
         path.with_suffix(".txt").write_text(f"picture {n}\n")
     return folder
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -26,6 +26,7 @@ def png(rng: np.random.Generator, side: int = SIDE) -> bytes:
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, body in members.items():
             info = tarfile.TarInfo(name)

@@ -1,6 +1,5 @@
 import io
 import pickle
-import struct
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from data.arrays import Array, npy_bytes, read_npy
 from data.batch import Batch, collate
 from data.s3 import DataError
 from data.samples import Sample
+from tests.benchmarks.hostile_arrays import header
 
 
 def test_arrays_come_back_bit_by_bit() -> None:
@@ -20,12 +20,6 @@ def test_arrays_come_back_bit_by_bit() -> None:
     ):
         found = read_npy(npy_bytes(array), dtype, (None,) * array.ndim, "here")
         assert found.dtype == array.dtype and np.array_equal(found, array)
-
-
-def header(text: str) -> bytes:
-    """A .npy header with nothing behind it."""
-    padded = text.ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(padded)) + padded.encode()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 import hashlib
 import json
-import tarfile
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,7 @@ from data.buckets import Bucket
 from data.index import Index, index_tar, parse_index, write_index
 from data.manifest import Shard
 from data.s3 import DataError
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, body in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(body)
-            tar.addfile(info, BytesIO(body))
-    return path
-
+from tests.data.sets import write_tar
 
 MEMBERS = {
     "b/1.png": b"image one",

@@ -13,7 +13,8 @@ from data.order import Order
 from data.store import S3Store, Stored
 from data.verify import verify
 from tests.data.conftest import ObjectStore
-from tests.data.pictures import body, contents, picture, write_tar
+from tests.data.pictures import body, contents, picture
+from tests.data.sets import write_tar
 
 HERE = ("--workers", "0")
 

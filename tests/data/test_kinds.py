@@ -19,7 +19,8 @@ from data.order import Order
 from data.pack import main
 from data.s3 import DataError
 from data.verify import verify
-from tests.data.pictures import SMALL, body, picture, write_tar
+from tests.data.pictures import SMALL, body, picture
+from tests.data.sets import write_tar
 
 HERE = ("--workers", "0")
 SQUARE = ("--resolution", "16", "--bucket-step", "8", "--min-bucket", "4")

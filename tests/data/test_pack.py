@@ -22,10 +22,11 @@ from data.manifest import read_manifest
 from data.order import Order
 from data.pack import main
 from data.s3 import DataError
-from data.store import S3Store, open_store
+from data.store import S3Store, open_store, sole_writer
 from data.verify import verify
 from tests.data.conftest import ObjectStore
-from tests.data.pictures import SIZES, SMALL, body, contents, picture, start, write_folder, write_tar
+from tests.data.pictures import SIZES, SMALL, body, contents, picture, start, write_folder
+from tests.data.sets import write_tar
 
 HERE = ("--workers", "0")
 
@@ -389,9 +390,18 @@ def test_large_files_are_uploaded_in_parts_and_broken_uploads_are_removed(
     assert there.files()["x.tar"].etag == etag and str(etag).strip('"').endswith("-3")
 
 
-def test_two_packers_do_not_share_a_destination(tmp_path: Path) -> None:
-    from data.store import sole_writer
+def test_a_link_in_place_of_the_scratch_folder_empties_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("mine")
+    store = S3Store("bucket", "set", None)
+    store.scratch().symlink_to(tmp_path / "home")
+    with pytest.raises(DataError, match="is a link or belongs to another user"), sole_writer(store):
+        pass
+    assert contents(tmp_path / "home") == {"thesis.txt": b"mine"}
 
+
+def test_two_packers_do_not_share_a_destination(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "dest"))
     with sole_writer(store), pytest.raises(DataError, match="another process is writing"), sole_writer(store):
         pass

@@ -114,7 +114,7 @@ def test_an_unreachable_server_names_the_endpoint(store: ObjectStore) -> None:
     began = time.monotonic()
     with pytest.raises(
         BudgetSpentError,
-        match=r"at http://127.0.0.1:9: the server cannot be reached; check data.endpoint_url.*failed attempts",
+        match=r"at http://127.0.0.1:9: the server cannot be reached; check endpoint_url.*failed attempts",
     ):
         open_folder("s3://bucket/x", "http://127.0.0.1:9", 0.6).read("x")
     assert time.monotonic() - began < 5

@@ -12,7 +12,7 @@ from data.contents import Contents
 from data.index import index_tar, write_index
 from data.s3 import DataError
 from data.samples import Sample, SampleError, read_sample
-from tests.data.test_index import write_tar
+from tests.data.sets import write_tar
 
 
 def png(array: np.ndarray, image_format: str = "PNG") -> bytes:

@@ -12,7 +12,8 @@ from data.manifest import read_manifest, write_manifest
 from data.pack import main as pack
 from data.verify import main, verify
 from tests.data.conftest import ObjectStore
-from tests.data.pictures import SMALL, body, picture, write_folder, write_tar
+from tests.data.pictures import SMALL, body, picture, write_folder
+from tests.data.sets import write_tar
 
 
 @pytest.fixture(scope="module")

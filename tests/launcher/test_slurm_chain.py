@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,30 @@ def test_a_submitted_run_trains_on_two_nodes_and_tells_it(quiet: SlurmRun) -> No
     logs = sorted(path.parent.name for path in quiet.folder.glob("logs/job_1_0/node_*/torchrun.log"))
     assert logs == ["node_0", "node_1"]
     assert len(list(quiet.folder.glob("logs/job_1_0/node_*/*/attempt_0/0/stderr.log"))) == 2
+
+
+def test_a_submitted_run_looks_at_its_nodes_before_it_loads_the_model(quiet: SlurmRun) -> None:
+    entries = [json.loads(line) for line in (quiet.folder / "journal.jsonl").read_text().splitlines()]
+    looks = [entry for entry in entries if entry.get("what") == "preflight"]
+    assert len(looks) == 1 and looks[0]["level"] in ("green", "yellow"), looks
+    assert entries.index(looks[0]) < min(n for n, entry in enumerate(entries) if entry["kind"] == "metrics")
+
+
+def test_doctor_in_an_allocation_looks_at_all_its_nodes(slurm: SlurmCluster) -> None:
+    command = [sys.executable, "-m", "launcher.cli", "doctor", "--quick", "--nproc", "1"]
+    done = subprocess.run(
+        ["salloc", "--nodes=2", "--exclusive", *command],
+        cwd=ROOT,
+        env={**slurm.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    assert (report["ranks"], report["nodes"]) == (2, 2)
+    limits = next(row for row in report["findings"] if row["check"] == "limits")
+    assert sorted(where.split()[0] for where in limits["where"]) == ["node1", "node2"]
 
 
 def test_a_warned_job_saves_requeues_itself_and_ends_bit_equal(quiet: SlurmRun, tmp_path: Path) -> None:

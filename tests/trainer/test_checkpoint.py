@@ -67,7 +67,7 @@ def _resume(folder: str, options: dict[str, Any], until: int) -> Any:
     return done, loaded, _state(engine)
 
 
-def _all_parts(folder: str, ranks: int) -> dict[str, torch.Tensor]:
+def _all_parts(folder: str) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint, read as one rank reads it."""
     store = LocalCheckpoints(Path(folder))
     path = checkpoint_store.latest(store)
@@ -93,9 +93,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) 
 @pytest.mark.parametrize(("writers", "mesh"), [(2, {}), (4, {"replicate": 2})])
 def test_what_some_ranks_saved_any_number_of_ranks_loads(writers: int, mesh: dict[str, Any], tmp_path: Path) -> None:
     saved = run_ranks(_train_and_save, writers, str(tmp_path), mesh, 2, 2)[0][0]
-    groups = {name.split("/")[0] for name in _all_parts(str(tmp_path), 1)}
+    groups = {name.split("/")[0] for name in _all_parts(str(tmp_path))}
     assert groups == {"parameter", "exp_avg", "exp_avg_sq", "ema"}
-    moments = {key: value.clone() for key, value in _all_parts(str(tmp_path), 1).items()}
+    moments = {key: value.clone() for key, value in _all_parts(str(tmp_path)).items()}
     for readers in (1, 3):
         done, loaded, state = run_ranks(_resume, readers, str(tmp_path), {}, 2)[0]
         assert done.step == 2

@@ -16,6 +16,7 @@ from tests.ranks import RankFailedError, run_ranks
 from tests.trainer.saving import alone, latest, numbered, parts_of, small_engine
 from trainer import certificate, checkpoint_store, durable
 from trainer.certificate import CheckpointError
+from trainer.checkpoint_store import LocalCheckpoints
 
 
 @pytest.mark.parametrize("operation", range(20))
@@ -38,7 +39,8 @@ def test_a_save_killed_at_any_point_leaves_the_earlier_or_the_new_checkpoint(ope
     assert status == 9 or torch.equal(target["b"], numbered(10)["b"])
     alone(tmp_path).write(15, parts_of(numbered(15)), {})  # leftovers are in nobody's way
     assert latest(tmp_path) == tmp_path / "step_00000015"
-    assert not list(tmp_path.glob(".*.partial"))
+    complete = {name for name, _ in checkpoint_store.complete(LocalCheckpoints(tmp_path))}
+    assert {entry.name for entry in tmp_path.iterdir()} == complete, "nothing is left behind that nobody can use"
 
 
 def _count_down(operation: int) -> None:

@@ -129,3 +129,25 @@ def test_two_runs_do_not_share_a_checkpoint_dir(tmp_path: Path) -> None:
     (tmp_path / "unowned" / "step_00000005").mkdir(parents=True)
     with pytest.raises(RunRefused, match="no run says"):
         start(tmp_path / "three", f"checkpoint.dir={tmp_path / 'unowned'}")
+
+
+def test_a_run_of_an_earlier_version_takes_new_knobs_at_their_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    start(path)
+    train_a_little(path)
+    record = json.loads((path / "run.json").read_text())
+    del record["identity"]["objective.time_step"], record["identity"]["data.flip"]
+    write_json(path / "run.json", record)
+    assert start(path).changes == ()
+    write_json(path / "run.json", record)
+    with pytest.raises(RunRefused, match=r"objective\.time_step: 0\.01 -> 0\.02"):
+        start(path, "objective.time_step=0.02")
+
+
+def test_a_damaged_record_is_named_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    start(path)
+    for damage in ("{", "[]", '{"identity": {}}'):
+        (path / "run.json").write_text(damage)
+        with pytest.raises(RunRefused, match=r"run\.json is damaged.*--fresh"):
+            start(path)

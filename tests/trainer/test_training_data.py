@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from configs import load
 from configs.schema import Config
 from data.pack import main as pack_main
 from tests.data.pictures import write_folder
 from tests.trainer.precomputing import PACK, SMOKE, settings
-from trainer.build import build_order
+from trainer.build import build_order, held_out_batch
+from trainer.engines.distributed import World
 from trainer.training_data import read_data
 
 
@@ -64,6 +67,13 @@ def test_small_buckets_are_refused_repeated_or_dropped_as_asked(sets: Path) -> N
     assert dropped["lanes"].keys() == {"cats/32x32"} and dropped["small_buckets"] == "drop"
     repeated = identity(config_of(sets, both, data__small_buckets="repeat", **large))
     assert repeated["lanes"].keys() == {"cats/32x32", "dogs/32x32"}
+
+
+def test_held_out_data_smaller_than_the_global_batch_is_repeated_in_it(sets: Path) -> None:
+    held_out = {"data__held_out": sets / "dogs", "train__global_batch_size": 12}
+    config = config_of(sets, f"[{{manifest: {sets}/cats}}]", **held_out)
+    batch = held_out_batch(config, World(0, 1, 0, torch.device("cpu")))
+    assert batch is not None and sorted(Counter(batch.keys).values()) == [2] * 6
 
 
 def test_the_same_set_twice_is_refused(sets: Path) -> None:

@@ -16,6 +16,7 @@ from trainer.durable import write_all
 from trainer.health.findings import GREEN, RED, YELLOW, Finding
 
 _PIECE = 1 << 20
+_LEAST = 64 << 10
 _SLOW = 20e6
 """Bytes a second below which a disk is called slow."""
 _MARK = ".doctor-"
@@ -35,21 +36,22 @@ def folder(name: str, path: Path, knob: str, needed: float, why: str, size: int)
     """Write `size` bytes down to the disk below `path` and remove them. needed: bytes that the run will want there, for
     the reason `why`; knob: the key that sets the path."""
     check, place = f"disk {name}", standing(path)
+    larger, elsewhere = f"free space there, or set {knob} to a larger disk", f"mend it, or set {knob} to another folder"
     try:
+        free = shutil.disk_usage(place).free
+        size = min(size, free // 4)  # others are writing there, too
+        if size < _LEAST:
+            yield Finding(check, RED, f"{place} is full: {free / 1e6:.1f} MB free", larger)
+            return
         speed = _written(place, size)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        left = f" ({shutil.disk_usage(place).free / 1e6:.0f} MB free)" if full else ""
-        remedy = (
-            f"free space there, or set {knob} to a larger disk" if full else f"mend it, or set {knob} to another folder"
-        )
-        yield Finding(check, RED, f"cannot write {size / 1e6:.0f} MB to {place}: {error.strerror}{left}", remedy)
+        value = f"cannot write {size / 1e6:.0f} MB to {place}: {error.strerror}"
+        yield Finding(check, RED, value, larger if full else elsewhere)
         return
-    free = shutil.disk_usage(place).free
     value = f"{path}: {speed / 1e6:.0f} MB/s with fsync, {free / 1e9:.1f} GB free"
     if free < needed:
-        remedy = f"free space there, or set {knob} to a larger disk"
-        yield Finding(check, YELLOW, f"{value}, {needed / 1e9:.1f} GB wanted ({why})", remedy)
+        yield Finding(check, YELLOW, f"{value}, {needed / 1e9:.1f} GB wanted ({why})", larger)
     elif speed < _SLOW:
         yield Finding(check, YELLOW, value, f"set {knob} to a faster disk: saving and reading will hold the GPUs up")
     else:

@@ -34,6 +34,7 @@ from trainer.health.links import Links, Measured
 
 _CHECKS = 20
 """More checks than a rank has: how long others wait for it follows from this."""
+_LATE = "a process is stopped or dead, or its node is out of reach: see its log, leave the node out"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ def examine(
             locals_ = [int(hello[rank]["local_rank"]) for rank in sorted(hello)]
             measured, between = _between(world, hosts, locals_, scope, clock, stack)
             own += placed(between, world.rank, host)
+        else:
+            value = f"not measured: {len(hello)} of {world.world_size} ranks met within {scope.meet_s:g} s"
+            own += placed([Finding("all-reduce", RED, value, _LATE)], world.rank, host)
         exchange.say("findings", {"findings": [vars(finding) for finding in own], "facts": facts})
         if world.rank == 0:
             return _judge(exchange, hosts, measured, scope, world.device.type == "cuda")
@@ -205,13 +209,13 @@ def _judge(exchange: Exchange, hosts: Sequence[str], measured: Measured | None, 
     said = exchange.hear("findings", wait_s)
     findings = [Finding(**entry) for rank in sorted(said) for entry in said[rank]["findings"]]
     facts = {rank: said[rank]["facts"] for rank in sorted(said)}
+    hosts = [str(facts[rank]["host"]) if rank in facts else host for rank, host in enumerate(hosts)]  # late ones too
     shared = list(comparison.computing(facts)) + list(comparison.equality(facts))
     if measured is not None:
         shared += comparison.clocks(measured.offsets_s, hosts)
         shared += comparison.traffic(measured, hosts, gpus)
     for rank in sorted(set(range(len(hosts))) - said.keys()):
-        remedy = "its process is stopped or dead, or its node is out of reach: see its log, leave the node out"
-        findings.append(Finding("rank", RED, "says nothing", remedy, rank, hosts[rank]))
+        findings.append(Finding("rank", RED, "says nothing", _LATE, rank, hosts[rank]))
     rows = merged(findings + placed(shared, -1, "all ranks"))
     level = worst(Finding(row.check, row.level, row.value) for row in rows)
     reds = [vars(row) for row in rows if row.level == RED]
@@ -225,7 +229,7 @@ def _verdict(exchange: Exchange, hosts: Sequence[str], scope: Scope) -> Report:
     wait_s = scope.link_timeout_s * 8 + 2 * scope.budget_s
     said = exchange.hear("verdict", wait_s, [0]).get(0)
     if said is None:
-        row = Row("rank", RED, "says nothing", "see its log; leave its node out", (f"{hosts[0]} (rank 0)",))
+        row = Row("rank", RED, "says nothing", _LATE, (f"{hosts[0]} (rank 0)",))
         return Report(RED, [row], len(set(hosts)))
     rows = [Row(**{**row, "where": tuple(row["where"])}) for row in said["rows"]]
     return Report(str(said["level"]), rows, int(said["nodes"]))

@@ -84,6 +84,7 @@ class Sender(threading.Thread):
         self.state = State.load(run_dir, uri, experiment)
         self.refused = 0
         self._news, self._draining, self._abandoned = threading.Event(), threading.Event(), threading.Event()
+        self._hurry = threading.Event()
         self._warned = -_WARN_EVERY_S
         self._late_tried = time.monotonic()
 
@@ -91,9 +92,19 @@ class Sender(threading.Thread):
         """There is something new in the journal."""
         self._news.set()
 
+    def flush(self, timeout_s: float) -> bool:
+        """Send what is there without the usual pause, at most for timeout_s; whether everything arrived."""
+        deadline = time.monotonic() + timeout_s
+        while not (sent := self._all_sent()) and self.is_alive() and time.monotonic() < deadline:
+            self._hurry.set()
+            self._news.set()
+            time.sleep(0.05)
+        return sent
+
     def drain(self, timeout_s: float) -> bool:
         """Send what is left, at most for timeout_s; whether everything arrived. The thread ends."""
         self._draining.set()
+        self._hurry.set()
         self._news.set()
         self.join(timeout_s)
         self._abandoned.set()
@@ -115,7 +126,8 @@ class Sender(threading.Thread):
             if not moved and last_look:
                 return
             if moved:
-                self._draining.wait(_PAUSE_S)
+                self._hurry.wait(_PAUSE_S)
+                self._hurry.clear()
             else:
                 self._news.wait(_POLL_S)
 

@@ -59,6 +59,9 @@ class NullTracker:
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
     def artifact(self, path: str | Path, folder: str | None = None) -> None: ...
     def event(self, what: str, **details: Any) -> None: ...
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        return True
+
     def finish(self, status: Status, timeout_s: float = 30.0) -> bool:
         return True
 
@@ -110,6 +113,10 @@ class Tracker:
 
     def event(self, what: str, **details: Any) -> None:
         self._journal.append("event", what=what, **details)
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Wait until MLflow has what was recorded so far; whether it has."""
+        return self._sender.flush(timeout_s)
 
     def finish(self, status: Status, timeout_s: float = 30.0) -> bool:
         if self._finished:

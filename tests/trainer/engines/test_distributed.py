@@ -27,9 +27,9 @@ def _agree() -> tuple[list[object], list[str]]:
     other_work = torch.ones(1)
     dist.all_reduce(other_work)  # the default group is free while the word is under way
     found.append(pending.wait())
-    for step, schedule in ((3, plan + rank), (4 + rank, plan)):
+    for step, schedule, calls in ((3, plan + rank, 2), (4 + rank, plan, 2), (6, plan, 2 + rank)):
         try:
-            agreement.agree(step, Word(schedule=schedule))
+            agreement.agree(step, Word(schedule=schedule, calls=(calls, 1)))
         except UnequalScheduleError as error:
             refused.append(str(error))
     return found, refused
@@ -45,6 +45,7 @@ def test_all_ranks_hear_the_same_stop_error_and_counts() -> None:
         plan = schedule_hash("targets", 3, ("e2e", 4))
         assert f"rank 0: step 3, schedule {plan:x}; rank 1: step 3, schedule {plan + 1:x}" in refused[0]
         assert "rank 0: step 4" in refused[1] and "rank 1: step 5" in refused[1]
+        assert "calls in step 5 (rank 0: 2 no-grad, 1 graded; rank 1: 3 no-grad, 1 graded)" in refused[2]
 
 
 def _agree_without_rank_one() -> None:
