@@ -31,10 +31,12 @@ _APART = 1
 
 
 class _Coming(NamedTuple):
-    """next_use: shard -> step of its next use (the present one: in use; never: unknown), soonest first; epoch_end: last
-    step of the epoch."""
+    """next_use: shard -> step of its next use (the present one: in use; never: unknown), soonest first; wanted: shard ->
+    the same as a stamp tells it, where what is in use comes first, and of that what is read longest; epoch_end: last step
+    of the epoch."""
 
     next_use: dict[int, int]
+    wanted: dict[int, float]
     epoch_end: int
     never: int
 
@@ -43,7 +45,8 @@ class _Coming(NamedTuple):
 class LookAhead:
     """Fetches what reach.rows read in `steps`, in order of first use, with the cache's threads.
 
-    failed: shards that it gave up and leaves to whoever needs them.
+    reading: steps that loader processes may be ahead of the rank; what they need is in use. failed: shards that it gave
+    up and leaves to whoever needs them.
     """
 
     order: Order
@@ -52,6 +55,7 @@ class LookAhead:
     cache: ShardCache
     reach: Reach
     steps: range
+    reading: int = 0
     failed: set[int] = field(default_factory=set)
     _epochs: dict[int, Visits] = field(default_factory=dict)
     _names: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -59,7 +63,7 @@ class LookAhead:
 
     def run(self, step: Callable[[], int]) -> None:
         """Work until the rank has reached the last step. step: the one that it was given last."""
-        stamped, clock, coming = -1, 0, _Coming({}, -1, 0)
+        stamped, clock, coming = -1, 0, _Coming({}, {}, -1, 0)
         with ThreadPoolExecutor(self.cache.threads, thread_name_prefix="look-ahead") as pool:
             while (now := step()) < self.steps.stop - 1:
                 if now != stamped:
@@ -74,9 +78,9 @@ class LookAhead:
 
     def _stamp_all(self, coming: _Coming, clock_ns: int) -> None:
         present = self.cache.files()
-        for number, use in coming.next_use.items():
+        for number, use in coming.wanted.items():
             for name in present.intersection(self._files(number)):
-                stamp(self.cache.directory / name, max(0, clock_ns - use * _STEP_NS))
+                stamp(self.cache.directory / name, max(0, clock_ns - int(use * _STEP_NS)))
 
     def _start(self, pool: ThreadPoolExecutor, coming: _Coming, clock_ns: int) -> None:
         """Fetch the next absent shards as far as threads are free."""
@@ -89,7 +93,7 @@ class LookAhead:
                 continue
             # What two lanes of this epoch share stays for the second where the cache can hold it.
             spare = 1 + max(use, coming.epoch_end if self.reach.kept else 0)
-            stamps = (clock_ns - use * _STEP_NS, clock_ns - spare * _STEP_NS)
+            stamps = (clock_ns - int(coming.wanted[number] * _STEP_NS), clock_ns - spare * _STEP_NS)
             self._under_way[pool.submit(self._fetch, number, *stamps)] = number
 
     def _fetch(self, number: int, wanted_ns: int, spare_ns: int) -> bool:
@@ -116,10 +120,14 @@ class LookAhead:
         )
         end = self.order.steps_through(epoch)
         never = 2 * self.order.steps_through(epoch + 1)
-        use = np.where((last < now - _APART) | (first >= self.steps.stop), never, np.maximum(first, now))
+        over = (last < now - _APART) | (first >= self.steps.stop)
+        use = np.where(over, never, np.maximum(first, now))
+        in_use = now + 1 / (2 + np.maximum(last - now, 0))
+        wanted = np.where(over | (first > now + self.reading), use, in_use)
         latest_first = np.argsort(-use, kind="stable")
-        soonest = dict(zip(shard[latest_first].tolist(), use[latest_first].tolist(), strict=True))
-        return _Coming(dict(sorted(soonest.items(), key=lambda item: item[1])), end - 1, never)
+        shard, use, wanted = (column[latest_first].tolist() for column in (shard, use, wanted))
+        soonest = sorted(dict(zip(shard, use, strict=True)).items(), key=lambda item: item[1])
+        return _Coming(dict(soonest), dict(zip(shard, wanted, strict=True)), end - 1, never)
 
     def _visits(self, epoch: int) -> Visits:
         """The visits of an epoch to shards that are not on this machine."""

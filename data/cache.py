@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import tempfile
@@ -117,7 +118,7 @@ class ShardCache:
 
     def path(self, item: Object) -> Path:
         """Where the object lies while it is cached."""
-        identity = (item.folder.identity, item.name, str(item.size), item.etag or "", item.version)
+        identity = (item.folder.identity, item.name, str(item.size), item.etag or "", item.version, _boot())
         return self.directory / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:40]}.object"
 
     def _fetch(self, item: Object, path: Path, threads: int) -> BinaryIO:
@@ -257,3 +258,13 @@ def _open_local(path: Path, size: int) -> BinaryIO:
         file.close()
         raise DataError(f"{path}: {found} bytes where the manifest says {size}; copy the shard again")
     return file
+
+
+@functools.cache
+def _boot() -> str:
+    """What tells this start of the machine from others. Fetched files are not brought to the disk (that would take
+    longer than the fetch), so after a power cut one may be whole in size and empty in part."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return ""

@@ -132,7 +132,8 @@ class Loader:
         if not self._leads or not self.reach.touched or self.reach.ranged or not self.steps:
             return None
         data = self._dataset
-        work = LookAhead(data.order, data.manifest, data.folders, data.cache, self.reach, self.steps)
+        ahead = self.workers * self.prefetch
+        work = LookAhead(data.order, data.manifest, data.folders, data.cache, self.reach, self.steps, ahead)
         return Companion(context, work.run, self.steps.start)
 
     def _batches(

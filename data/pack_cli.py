@@ -40,12 +40,21 @@ def report(
     print(f"wrote {manifest_url}")
 
 
+def _local(source: str) -> Path:
+    if "://" in source:
+        raise argparse.ArgumentTypeError(
+            f"{source} is not on this machine; copy it here first (tars in a bucket become usable where they are: "
+            "twinflow data index)"
+        )
+    return Path(source)
+
+
 def command_line(program: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=Path, help="folder of images or captions, table, or tars")
+    add("source", type=_local, help="folder of images or captions, table, or tars, on this machine")
     add("dest", help="folder or s3:// prefix, empty or begun by the same command")
     add("--kind", choices=KINDS, default=KINDS[0], help="captions: alone; edits: with source images (%(default)s)")
     add("--name", help="name of the data set, default that of SOURCE")

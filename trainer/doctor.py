@@ -16,7 +16,8 @@ from rich.table import Table
 from configs import load as configuration
 from configs.schema import Config
 from trainer.engines.distributed import process_group
-from trainer.health.examination import BRIEF, THOROUGH, Report, examine
+from trainer.health.checks import BRIEF, THOROUGH
+from trainer.health.examination import Report, examine
 from trainer.health.findings import RED, json_report
 from trainer.train import check_package
 

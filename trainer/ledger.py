@@ -73,6 +73,7 @@ class SampleLog:
     def __init__(self, folder: Path, rank: int, step: int) -> None:
         path = folder / SAMPLES / f"step_{step:08d}_rank_{rank:05d}.jsonl"
         path.parent.mkdir(exist_ok=True)
+        self._full = False
         self._file: IO[str] = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
 
     def add(self, batch: Batch) -> None:
@@ -84,4 +85,10 @@ class SampleLog:
             "shards": batch.shards,
             "keys": batch.keys,
         }
-        self._file.write(json.dumps(content, ensure_ascii=False) + "\n")
+        if self._full:
+            return
+        try:
+            self._file.write(json.dumps(content, ensure_ascii=False) + "\n")
+        except OSError as error:  # training is worth more than its record
+            self._full = True
+            log.warning("%s ends at step %d: %s; free space and start again", self._file.name, batch.step, error)

@@ -8,12 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.batch import Batch
 from trainer.bad_samples import TooManyBadSamples
 from trainer.engines.distributed import Word, schedule_hash
 from trainer.engines.optim import learning_rate
+from trainer.objectives.objective import Targets
 from trainer.observe.metrics import Clock, Tally
 from trainer.run import Run, make_targets
 from trainer.updates import Made, NotFinite, guarded
@@ -86,11 +88,7 @@ def train_step(run: Run, batch: Batch, tally: Tally) -> None:
     size, total = config.train.micro_batch_size, torch.zeros((), device=x.device)
     with run.stages("graded pass"):
         for begin in range(0, len(targets), size):
-            loss = run.objective.loss(run.nets, targets[begin : begin + size])
-            run.engine.backward(guarded(loss.total))
-            total = total + loss.total.detach()
-            tally.add(loss.tally)
-            tally.add_terms({"loss": loss.total, **{f"loss/{name}": value for name, value in loss.terms.items()}})
+            total = total + graded_pass(run, targets[begin : begin + size], tally)
     with run.stages("optimizer step"):
         rate = learning_rate(run.step, config.schedule, config.optimizer.learning_rate, config.train.steps)
         norm = run.engine.step(rate)
@@ -101,6 +99,17 @@ def train_step(run: Run, batch: Batch, tally: Tally) -> None:
     run.updates.add(Made(run.step, batch.keys, total, norm))
     if run.sample_log is not None:
         run.sample_log.add(batch)
+
+
+def graded_pass(run: Run, targets: Targets, tally: Tally) -> Tensor:
+    """Forward and backward of one micro-batch; its loss. The graph is gone before the next one grows: kept longer it
+    makes the allocator give memory back to the system, and take it anew, in every step."""
+    loss = run.objective.loss(run.nets, targets)
+    run.engine.backward(guarded(loss.total))
+    total = loss.total.detach()
+    tally.add(loss.tally)
+    tally.add_terms({"loss": total, **{f"loss/{name}": value for name, value in loss.terms.items()}})
+    return total
 
 
 def stop_agreed(run: Run, batch: Batch | None, trouble: Exception | None) -> bool:

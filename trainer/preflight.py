@@ -8,7 +8,8 @@ import time
 
 from configs.schema import Config
 from trainer.engines.distributed import World
-from trainer.health.examination import BRIEF, examine
+from trainer.health.checks import BRIEF
+from trainer.health.examination import examine
 from trainer.health.findings import GREEN, RED
 from trainer.observe.tracking import NullTracker, Tracker
 

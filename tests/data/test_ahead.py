@@ -19,7 +19,9 @@ SHARD = 16 * 100 + 10
 class Running:
     """A look-ahead over `shards` shards of 16 samples in `lanes` lanes, beside a rank whose step the test sets."""
 
-    def __init__(self, directory: Path, shards: int, cache_shards: int, threads: int = 1, lanes: int = 1) -> None:
+    def __init__(
+        self, directory: Path, shards: int, cache_shards: int, threads: int = 1, lanes: int = 1, reading: int = 0
+    ) -> None:
         self.manifest, self.folder = memory_set([16] * shards)
         self.order = Order(self.manifest, seed=1, global_batch_size=4, lanes=lanes)
         self.cache = ShardCache(str(directory), cache_shards * SHARD, threads)
@@ -28,7 +30,7 @@ class Running:
         steps, rows = range(self.order.steps_through(2)), range(4)
         plan = reach(self.order, self.manifest, set(self.folders), rows, steps, self.cache.max_bytes)
         assert not plan.ranged
-        self.ahead = LookAhead(self.order, self.manifest, self.folders, self.cache, plan, steps)  # type: ignore[arg-type]
+        self.ahead = LookAhead(self.order, self.manifest, self.folders, self.cache, plan, steps, reading)  # type: ignore[arg-type]
         self.coming = [f"{n}.tar" for e in range(2) for n in self.order.visits(e, rows).shard.tolist()]
 
     @contextmanager
@@ -123,6 +125,23 @@ def test_what_others_fetched_is_not_fetched_again_and_failures_are_left_to_them(
     assert running.tars.count(running.coming[0]) == running.tars.count(running.coming[1]) == 1
     (record,) = caplog.records
     assert f"look-ahead: memory://set/{running.coming[1]}: no such object; left to the batch" in record.message
+
+
+def test_what_loader_processes_read_next_is_wanted_more_than_what_ends_soon(tmp_path: Path) -> None:
+    """Each of two lanes reads a shard in 8 steps; the rank is at the sixth, its loader processes up to 4 further."""
+    running = Running(tmp_path, shards=8, cache_shards=8, lanes=2, reading=4)
+    ending, coming = ({int(n) for n in running.order.step(step).shard} for step in (6, 9))
+    assert not ending & coming
+
+    def stamps(shards: set[int]) -> list[int]:
+        tars = [tar_of(running.manifest.shards[n], running.folders) for n in shards]  # type: ignore[arg-type]
+        return [running.cache.path(tar).stat().st_mtime_ns for tar in tars]
+
+    with running.started():
+        until(lambda: len(running.cached()) == 8)
+        settled(running)
+        running.step = 6
+        until(lambda: min(stamps(coming)) > max(stamps(ending)))
 
 
 def test_no_more_threads_work_than_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "250"})
 
 
-VERBS = [(), ("train",), ("config",), ("model", "tiny"), ("config", "diff")]
+VERBS = [(), ("train",), ("doctor",), ("config",), ("model", "tiny"), ("config", "diff")]
 DATA_VERBS = [("data", name) for name in ("demo", "pack", "index", "verify")]
 
 

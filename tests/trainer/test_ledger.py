@@ -86,3 +86,13 @@ def test_the_samples_of_every_trained_step_are_written_by_rank(tmp_path: Path) -
         "shards": ["s.tar", "s.tar"],
         "keys": ["a", "b"],
     }
+
+
+def test_a_full_disk_ends_the_record_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = SampleLog(tmp_path, rank=0, step=0)
+    record._file.close()
+    record._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    for step in (0, 1):
+        record.add(Batch(step, (8, 8), torch.arange(1), None, ("",), (f"{step}",), ("a.tar",), (0,)))
+    assert caplog.text.count("No space left") == 1
+    assert "step 0" in caplog.text

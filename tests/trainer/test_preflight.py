@@ -12,14 +12,13 @@ import torch.distributed as dist
 
 from configs import load
 from configs.schema import Config
-from data.demo import write_digits
+from tests.data import sets
 from tests.ranks import run_ranks
-from trainer import preflight, session
+from trainer import preflight
 from trainer.engines.distributed import World, process_group
 from trainer.health.findings import RED, Finding
 from trainer.observe.tracking import NullTracker
 from trainer.preflight import PreflightRefused
-from trainer.signals import StopRequest
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 
@@ -70,7 +69,7 @@ def _start(settings: Config) -> tuple[str, list[tuple[str, dict[str, object]]]]:
 
 
 def test_strict_refuses_on_all_ranks_and_names_the_node(tmp_path: Path) -> None:
-    write_digits(tmp_path, shard_size=128, size=8)
+    sets.write_set(tmp_path / "train", sets.raw_shards(2, 64, 200))
     (first, events), (second, _) = run_ranks(_start, 2, config(tmp_path, "runtime.preflight=strict"))
     for message in (first, second):
         assert "red GPU health on node1 (rank 1): uncorrected ECC errors 3 -> drain the node" in message
@@ -79,7 +78,7 @@ def test_strict_refuses_on_all_ranks_and_names_the_node(tmp_path: Path) -> None:
 
 
 def test_warn_writes_it_down_and_goes_on(tmp_path: Path) -> None:
-    write_digits(tmp_path, shard_size=128, size=8)
+    sets.write_set(tmp_path / "train", sets.raw_shards(2, 64, 200))
     (first, events), (second, _) = run_ranks(_start, 2, config(tmp_path, "runtime.preflight=warn"))
     assert first == second == ""
     assert any("GPU health on node1" in str(line) for line in events[0][1]["findings"])  # type: ignore[attr-defined]
@@ -95,7 +94,10 @@ def test_off_looks_at_nothing(tmp_path: Path) -> None:
 def test_a_refused_run_loads_no_model_and_its_folder_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_digits(tmp_path, shard_size=128, size=8)
+    sets.write_set(tmp_path / "train", sets.raw_shards(2, 64, 200))
+    from trainer import session  # imports all there is: not for the ranks that import this module
+    from trainer.signals import StopRequest
+
     monkeypatch.setattr(session, "build_run", mock.Mock(side_effect=AssertionError("the model was loaded")))
     broken = [Finding("GPU health", RED, "uncorrected ECC errors 3", "drain the node")]
     monkeypatch.setattr("trainer.health.gpu.processor", lambda device: broken)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +19,6 @@ MIB = 1 << 20
 def look(path: Path, needed: float = 0, size: int = 2 * MIB) -> Finding:
     (found,) = disk.folder("run", path, "run.dir", needed, "checkpoints", size)
     return found
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MiB."""
-    if os.getuid():
-        pytest.skip("only root may mount a tmpfs")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tiny", str(tmp_path)], capture_output=True)
-    if done.returncode:
-        pytest.skip("this container may not mount a tmpfs")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_folder_that_does_not_exist_yet_is_measured_above_it_and_nothing_stays(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,7 +17,9 @@ from configs.schema import Config
 from tests.data import sets
 from tests.ranks import run_ranks
 from trainer.engines.distributed import World
-from trainer.health.examination import BRIEF, Report, examine
+from trainer.health import disk, examination
+from trainer.health.checks import BRIEF
+from trainer.health.examination import Report, examine
 from trainer.health.findings import GREEN, RED, YELLOW
 
 SMOKE = str(Path(__file__).parents[3] / "configs" / "smoke.yaml")
@@ -95,3 +99,15 @@ def test_what_could_not_be_measured_because_a_rank_came_late_is_red() -> None:
     assert first.level == second.level == RED
     assert rows_of(first, "all-reduce") == [(RED, ("node0 (rank 0)", "node1 (rank 1)"))]
     assert rows_of(first, "rank") == []
+
+
+def test_a_file_system_that_hangs_holds_nobody_up_before_the_checks_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never, began = threading.Event(), time.monotonic()
+    monkeypatch.setattr(examination, "_MARK_S", 0.2)
+    monkeypatch.setattr(disk.SharedMark, "make", lambda mark: never.wait(60) and "")
+    with examination._mark(config(tmp_path)) as path:
+        assert path == ""
+    never.set()
+    assert time.monotonic() - began < 20

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,24 +34,12 @@ def test_code_copied_without_its_pyproject_asks_for_the_same(tmp_path: Path) -> 
     assert {canonicalize_name(wanted.name) for wanted in here} == {canonicalize_name(wanted.name) for wanted in there}
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MiB."""
-    if os.getuid():
-        pytest.skip("only root may mount a tmpfs")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tiny", str(tmp_path)], capture_output=True)
-    if done.returncode:
-        pytest.skip("this container may not mount a tmpfs")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-def test_the_shared_memory_of_a_plain_container_is_red_where_loader_processes_need_it(tiny: Path) -> None:
-    (found,) = machine.shared_memory(workers=2, folder=str(tiny))
+def test_the_shared_memory_of_a_plain_container_is_red_where_loader_processes_need_it(mounted: Path) -> None:
+    (found,) = machine.shared_memory(workers=2, folder=str(mounted))
     assert found.level == RED and "--shm-size" in found.remedy
-    (found,) = machine.shared_memory(workers=0, folder=str(tiny))
+    (found,) = machine.shared_memory(workers=0, folder=str(mounted))
     assert found.level == (RED if torch.cuda.is_available() else YELLOW)
-    (found,) = machine.shared_memory(workers=2, folder=str(tiny / "absent"))
+    (found,) = machine.shared_memory(workers=2, folder=str(mounted / "absent"))
     assert found.level == YELLOW
 
 
