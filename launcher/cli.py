@@ -198,15 +198,15 @@ def checkpoint_ls(
     arguments: Annotated[list[str], typer.Argument(metavar="RUN [OPTION]...", show_default=False)],
 ) -> None:
     """Steps, sizes, ages, ranks, engine, and which are complete (a run's folder, or a folder or s3:// of checkpoints)."""
-    _module("trainer.checkpoints_cli", "ls", *arguments)
+    _module("trainer.saving.checkpoints_cli", "ls", *arguments)
 
 
 @checkpoint_app.command("diff", context_settings={"ignore_unknown_options": True})
 def checkpoint_diff(
     arguments: Annotated[list[str], typer.Argument(metavar="A B [OPTION]...", show_default=False)],
 ) -> None:
-    """How far two checkpoints are apart, tensor by tensor (options: python -m trainer.checkpoints_cli diff --help)."""
-    _module("trainer.checkpoints_cli", "diff", *arguments)
+    """How far two checkpoints are apart, tensor by tensor (options: python -m trainer.saving.checkpoints_cli diff --help)."""
+    _module("trainer.saving.checkpoints_cli", "diff", *arguments)
 
 
 @checkpoint_app.command("verify", context_settings={"ignore_unknown_options": True})
@@ -214,7 +214,7 @@ def checkpoint_verify(
     arguments: Annotated[list[str], typer.Argument(metavar="CHECKPOINT [OPTION]...", show_default=False)],
 ) -> None:
     """Read all of a checkpoint: files, sizes, coverage, every tensor finite; RUN means its newest complete one."""
-    _module("trainer.checkpoints_cli", "verify", *arguments)
+    _module("trainer.saving.checkpoints_cli", "verify", *arguments)
 
 
 @model_app.command("tiny", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -22,9 +22,7 @@ from data.manifest import Manifest, read_manifest
 from data.order import Order
 from models.backbone import Backbone
 from models.encoders import LatentEncoder, TextEncoder
-from trainer import frozen_teacher
 from trainer.bad_samples import BadSamples
-from trainer.checkpoint import Checkpoints
 from trainer.encoding import Encoding
 from trainer.engines.distributed import Agreement, World
 from trainer.engines.engine import Engine
@@ -42,6 +40,8 @@ from trainer.observe.tracking import NullTracker, Tracker
 from trainer.plugins import plugin
 from trainer.run import Run
 from trainer.run_folder import RunFolder, open_checkpoints
+from trainer.saving import frozen_teacher
+from trainer.saving.checkpoint import Checkpoints
 from trainer.signals import StopRequest
 from trainer.training_data import check_contents, check_latents, stored_null
 from trainer.updates import Updates

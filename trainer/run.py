@@ -12,7 +12,6 @@ from data.batch import Batch
 from data.loader import Loader
 from data.order import Order
 from trainer.bad_samples import BadSamples
-from trainer.checkpoint import Checkpoints
 from trainer.encoding import Encoding
 from trainer.engines.distributed import Agreement, World
 from trainer.engines.engine import Engine
@@ -23,6 +22,7 @@ from trainer.observe.counting import CountedNets
 from trainer.observe.profiler import Profiler
 from trainer.observe.tracking import NullTracker, Tracker
 from trainer.run_folder import RunFolder
+from trainer.saving.checkpoint import Checkpoints
 from trainer.signals import StopRequest
 from trainer.stages import Stages
 from trainer.updates import Updates

@@ -15,7 +15,7 @@ from typing import Any
 from configs import load as configuration
 from configs.folders import OURS, refuse_foreign, run_folder, unused, write_json
 from configs.schema import Config
-from trainer.checkpoint_store import CheckpointStore, open_store
+from trainer.saving.checkpoint_store import CheckpointStore, open_store
 
 
 class RunRefused(ValueError):

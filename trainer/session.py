@@ -21,20 +21,21 @@ from configs.folders import run_folder as configured_folder
 from configs.schema import Config
 from data.s3 import DataError
 from models import weights
-from trainer import hang, run_folder
+from trainer import run_folder
 from trainer.build import build_objective, build_order, build_run
-from trainer.checkpoint import CheckpointError
 from trainer.engines.distributed import World, process_group
-from trainer.heartbeat import Heartbeat
 from trainer.ledger import REPLACEMENTS
 from trainer.loop import PeerWithoutBatch, StepRefused, fit
 from trainer.observe.tracking import NullTracker, Tracker, open_tracker
 from trainer.preflight import PreflightRefused, preflight
 from trainer.run import Run
 from trainer.run_folder import RunFolder, RunRefused
+from trainer.saving.checkpoint import CheckpointError
 from trainer.signals import StopRequest
 from trainer.stages import OutOfMemory
 from trainer.training_data import read_data
+from trainer.watching import hang
+from trainer.watching.heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent

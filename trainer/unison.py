@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from data.s3 import DataError
-from trainer.certificate import CheckpointError
+from trainer.saving.certificate import CheckpointError
 
 _T = TypeVar("_T")
 

@@ -26,12 +26,12 @@ import torch.distributed as dist
 from configs.schema import Checkpoint
 from tests.benchmarks.wide_network import train_step, wide_engine
 from tests.ranks import run_ranks, stop_ranks
-from tests.trainer.saving import parts_of
-from trainer import certificate, checkpoint_store, durable
-from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_reader import CheckpointReader
-from trainer.checkpoint_store import LocalCheckpoints
+from tests.trainer.saving.parts import parts_of
 from trainer.engines.engine import Engine
+from trainer.saving import certificate, checkpoint_store, durable
+from trainer.saving.checkpoint import Checkpoints
+from trainer.saving.checkpoint_reader import CheckpointReader
+from trainer.saving.checkpoint_store import LocalCheckpoints
 
 STALL, EXCESS, POSITIONS = 0.15, 0.01, 20
 

@@ -117,10 +117,10 @@ def train(folder: Path, run: str, engine: str, ranks: int, total: int, leg: int,
 def read_whole(run: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], Any]:
     """All tensors of a checkpoint by group and name, and its certificate."""
     from configs.schema import Checkpoint
-    from trainer import checkpoint_store
-    from trainer.checkpoint import Checkpoints
-    from trainer.checkpoint_store import LocalCheckpoints
     from trainer.engines.engine import TensorPart
+    from trainer.saving import checkpoint_store
+    from trainer.saving.checkpoint import Checkpoints
+    from trainer.saving.checkpoint_store import LocalCheckpoints
 
     store, name = LocalCheckpoints(run / "checkpoints"), f"step_{step:08d}"
     certificate = checkpoint_store.read(store, name)

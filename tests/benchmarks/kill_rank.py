@@ -20,13 +20,14 @@ import mlflow  # noqa: F401 (the forkserver imports it for all ranks)
 import psutil
 import torch
 
-from trainer import checkpoint, checkpoint_store, durable, loop, session, train
-from trainer.checkpoint_reader import CheckpointReader
-from trainer.checkpoint_s3 import S3Checkpoints
-from trainer.checkpoint_store import LocalCheckpoints
+from trainer import loop, session, train
 from trainer.engines.fsdp2 import FSDP2
 from trainer.observe import journal, sender
-from trainer.tensor_file import StagedFile
+from trainer.saving import checkpoint, checkpoint_store, durable
+from trainer.saving.checkpoint_reader import CheckpointReader
+from trainer.saving.checkpoint_s3 import S3Checkpoints
+from trainer.saving.checkpoint_store import LocalCheckpoints
+from trainer.saving.tensor_file import StagedFile
 
 assert session is not None  # imported here for the forkserver's sake
 

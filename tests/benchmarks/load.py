@@ -21,8 +21,8 @@ import torch
 from configs.schema import Checkpoint
 from tests.benchmarks.wide_network import WideBackbone, wide_engine
 from tests.ranks import run_ranks, stop_ranks
-from trainer.checkpoint import Checkpoints
 from trainer.engines.engine import TensorPart
+from trainer.saving.checkpoint import Checkpoints
 
 GROUPS = ("parameter", "exp_avg", "exp_avg_sq", "ema")
 MARGIN = 300e6

@@ -33,16 +33,17 @@ from data.batch import Batch
 from data.demo import write_digits
 from models import tiny
 from tests.ranks import run_ranks
-from trainer import hang, loop
+from trainer import loop
 from trainer.build import build_objective, build_order, build_run
 from trainer.engines.distributed import World, default_device
-from trainer.heartbeat import Heartbeat
 from trainer.observe.metrics import Clock, Tally
 from trainer.observe.tracking import open_tracker
 from trainer.run import Run, make_targets
 from trainer.session import agree_on_folder, set_numerics
 from trainer.signals import StopRequest
 from trainer.training_data import read_data
+from trainer.watching import hang
+from trainer.watching.heartbeat import Heartbeat
 
 BAR = 1.05
 ROOT = Path(__file__).parents[2]

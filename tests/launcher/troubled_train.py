@@ -17,7 +17,8 @@ from typing import Any
 
 
 def main() -> int:
-    from trainer import checkpoint, loop, train
+    from trainer import loop, train
+    from trainer.saving import checkpoint
 
     kind, _, at = os.environ.get("TROUBLE", "none:0").partition(":")
     log = Path(os.environ["TROUBLE_LOG"])

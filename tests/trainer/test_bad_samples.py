@@ -10,7 +10,7 @@ from data.order import Order
 from tests.data.sets import noise_shards, write_set
 from tests.ranks import run_ranks
 from trainer.bad_samples import BadSamples, TooManyBadSamples
-from trainer.checkpoint import Checkpoints
+from trainer.saving.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")

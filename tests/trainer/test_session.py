@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from data.s3 import DataError
-from trainer.certificate import CheckpointError
 from trainer.loop import PeerWithoutBatch, StepRefused
 from trainer.preflight import PreflightRefused
 from trainer.run_folder import RunRefused
+from trainer.saving.certificate import CheckpointError
 from trainer.session import vain
 from trainer.stages import OutOfMemory
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trainer import stages
-from trainer.certificate import CheckpointError
+from trainer.saving.certificate import CheckpointError
 from trainer.stages import REMEDIES, OutOfMemory, Stages
 
 

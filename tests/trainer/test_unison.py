@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data.s3 import DataError
-from trainer.certificate import CheckpointError
+from trainer.saving.certificate import CheckpointError
 from trainer.unison import Unison
 
 

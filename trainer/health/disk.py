@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from trainer.durable import write_all
 from trainer.health.findings import GREEN, RED, YELLOW, Finding
+from trainer.saving.durable import write_all
 
 _PIECE = 1 << 20
 _LEAST = 64 << 10

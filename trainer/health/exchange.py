@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.whereabouts import own_connection
+from trainer.watching.whereabouts import own_connection
 
 
 class Exchange:

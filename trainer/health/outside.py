@@ -9,10 +9,10 @@ from pathlib import Path
 from configs.schema import Config, Source
 from data.manifest import Manifest, read_manifest
 from data.s3 import DataError, open_folder
-from trainer.checkpoint_s3 import S3Checkpoints
-from trainer.checkpoint_store import open_store
 from trainer.health.findings import GREEN, RED, YELLOW, Finding
 from trainer.observe import mlflow_store
+from trainer.saving.checkpoint_s3 import S3Checkpoints
+from trainer.saving.checkpoint_store import open_store
 
 BUDGET_S = 10.0
 """Longest time lost on one object; a run itself is more patient (data.read_budget_s)."""

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.certificate import CheckpointError
+from trainer.saving.certificate import CheckpointError
 
 
 def write_file(path: Path, pieces: Iterable[memoryview | bytes], size: int) -> None:

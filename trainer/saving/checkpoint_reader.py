@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trainer import checkpoint_store
-from trainer.certificate import Certificate, CheckpointError, Range
-from trainer.checkpoint_store import CheckpointStore
 from trainer.engines.engine import TensorPart
-from trainer.tensor_file import FileIndex, elements, key
+from trainer.saving import checkpoint_store
+from trainer.saving.certificate import Certificate, CheckpointError, Range
+from trainer.saving.checkpoint_store import CheckpointStore
+from trainer.saving.tensor_file import FileIndex, elements, key
 
 SPAN = 16 << 20
 """Bytes of one read."""

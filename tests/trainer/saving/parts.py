@@ -9,11 +9,11 @@ import torch
 
 from configs.schema import Checkpoint, Ema, Optimizer
 from tests.trainer.engines import toy
-from trainer import checkpoint_store
-from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_store import CheckpointStore, LocalCheckpoints
 from trainer.engines.engine import TensorPart
 from trainer.engines.fsdp2 import FSDP2, FSDP2Options
+from trainer.saving import checkpoint_store
+from trainer.saving.checkpoint import Checkpoints
+from trainer.saving.checkpoint_store import CheckpointStore, LocalCheckpoints
 
 
 def parts_of(values: dict[str, torch.Tensor], group: str = "parameter") -> list[TensorPart]:

@@ -1,4 +1,4 @@
-"""Checkpoints as objects below an s3:// prefix; see trainer/checkpoint_store.py."""
+"""Checkpoints as objects below an s3:// prefix; see trainer/saving/checkpoint_store.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from data.retry import Budget
 from data.s3 import DataError, S3Folder
-from trainer import certificate as certificates
-from trainer.certificate import Certificate, CheckpointError
-from trainer.checkpoint_store import OWNER, Listing, named, read, step_of
-from trainer.tensor_file import StagedFile
+from trainer.saving import certificate as certificates
+from trainer.saving.certificate import Certificate, CheckpointError
+from trainer.saving.checkpoint_store import OWNER, Listing, named, read, step_of
+from trainer.saving.tensor_file import StagedFile
 
 UPLOADS = 4
 """Parts that a rank sends side by side; each is held in memory once more."""

@@ -1,7 +1,7 @@
 """The certificate of a checkpoint: written last, it says what every file holds; without it nothing is a checkpoint.
 
 A checkpoint is a folder (or an s3:// prefix) step_<8 digits> with certificate.json and safetensors files of flat 1-D
-ranges. Where it lies is trainer/checkpoint_store.py's business.
+ranges. Where it lies is trainer/saving/checkpoint_store.py's business.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.saving import alone, latest, numbered, parts_of
-from trainer import certificate, checkpoint_store
-from trainer.certificate import CheckpointError, UnknownFormatError
-from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_store import LocalCheckpoints
+from tests.trainer.saving.parts import alone, latest, numbered, parts_of
 from trainer.engines.engine import TensorPart
+from trainer.saving import certificate, checkpoint_store
+from trainer.saving.certificate import CheckpointError, UnknownFormatError
+from trainer.saving.checkpoint import Checkpoints
+from trainer.saving.checkpoint_store import LocalCheckpoints
 
-FORMAT_1 = Path(__file__).parents[1] / "golden" / "checkpoint_format_1"
+FORMAT_1 = Path(__file__).parents[2] / "golden" / "checkpoint_format_1"
 """Written by two ranks of the version before format 2: w [2, 3] cut between them, b [4] on rank 0, in four groups."""
 
 
@@ -90,7 +90,7 @@ def test_what_a_run_resumed_from_stays_until_a_newer_one_is_complete(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="Input/output"):
-        patch.setattr("trainer.durable.write_all", fail)
+        patch.setattr("trainer.saving.durable.write_all", fail)
         checkpoints.write(10, parts_of(numbered(10)), {})
     assert latest(tmp_path) == tmp_path / "step_00000005"
     checkpoints.write(15, parts_of(numbered(15)), {})

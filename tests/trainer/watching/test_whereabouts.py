@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from trainer.whereabouts import Board, Position, describe, mismatch
+from trainer.watching.whereabouts import Board, Position, describe, mismatch
 
 AT = Position(0, step=7, stage="targets", called_step=7, no_grad_calls=2, graded_calls=0, idle_s=1.0)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from trainer import heartbeat
 from trainer.stages import Stages
+from trainer.watching import heartbeat
 
 
 def run_in(folder: Path) -> Any:

@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 
 from configs.schema import Checkpoint as CheckpointOptions
 from data.s3 import DataError
-from trainer import certificate as certificates
-from trainer import checkpoint_store
-from trainer.certificate import Certificate, CheckpointError
-from trainer.checkpoint_parts import Described, Written, check_names, describe, merge
-from trainer.checkpoint_reader import CheckpointReader
-from trainer.checkpoint_store import CheckpointStore, open_store
 from trainer.engines.engine import Engine, TensorPart
-from trainer.tensor_file import StagedFile
+from trainer.saving import certificate as certificates
+from trainer.saving import checkpoint_store
+from trainer.saving.certificate import Certificate, CheckpointError
+from trainer.saving.checkpoint_parts import Described, Written, check_names, describe, merge
+from trainer.saving.checkpoint_reader import CheckpointReader
+from trainer.saving.checkpoint_store import CheckpointStore, open_store
+from trainer.saving.tensor_file import StagedFile
 from trainer.unison import Unison
 
 SECONDS = "training_seconds"

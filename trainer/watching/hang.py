@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.watchdog import Patience, Sight, Watchdog
-from trainer.whereabouts import Board, Position
+from trainer.watching.watchdog import Patience, Sight, Watchdog
+from trainer.watching.whereabouts import Board, Position
 
 if TYPE_CHECKING:
     from trainer.run import Run

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.saving import alone, latest, numbered, parts_of
-from trainer import durable
-from trainer.certificate import CheckpointError
+from tests.trainer.saving.parts import alone, latest, numbered, parts_of
 from trainer.engines.engine import TensorPart
+from trainer.saving import durable
+from trainer.saving.certificate import CheckpointError
 
 
 class Fixed:

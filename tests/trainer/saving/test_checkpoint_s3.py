@@ -16,14 +16,14 @@ from data.s3 import DataError
 from tests.data.conftest import ObjectStore, store  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
 from tests.trainer.engines import toy
-from tests.trainer.saving import alone, numbered, parts_of, small_engine
-from trainer import certificate, checkpoint_s3, checkpoint_store
-from trainer.certificate import CheckpointError
-from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_reader import CheckpointReader
-from trainer.checkpoint_s3 import S3Checkpoints
-from trainer.checkpoint_store import open_store
+from tests.trainer.saving.parts import alone, numbered, parts_of, small_engine
 from trainer.engines.engine import TensorPart
+from trainer.saving import certificate, checkpoint_s3, checkpoint_store
+from trainer.saving.certificate import CheckpointError
+from trainer.saving.checkpoint import Checkpoints
+from trainer.saving.checkpoint_reader import CheckpointReader
+from trainer.saving.checkpoint_s3 import S3Checkpoints
+from trainer.saving.checkpoint_store import open_store
 
 MIB = 1 << 20
 

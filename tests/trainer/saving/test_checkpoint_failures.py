@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import RankFailedError, run_ranks
-from tests.trainer.saving import alone, latest, numbered, parts_of, small_engine
-from trainer import certificate, checkpoint_store, durable
-from trainer.certificate import CheckpointError
-from trainer.checkpoint_store import LocalCheckpoints
+from tests.trainer.saving.parts import alone, latest, numbered, parts_of, small_engine
+from trainer.saving import certificate, checkpoint_store, durable
+from trainer.saving.certificate import CheckpointError
+from trainer.saving.checkpoint_store import LocalCheckpoints
 
 
 @pytest.mark.parametrize("operation", range(20))

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from configs.schema import Runtime
-from trainer.whereabouts import Board, Position, describe, mismatch
+from trainer.watching.whereabouts import Board, Position, describe, mismatch
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same start may well succeed."""

@@ -1,4 +1,4 @@
-"""List, compare and verify checkpoints: python -m trainer.checkpoints_cli ls RUN | diff A B | verify CHECKPOINT
+"""List, compare and verify checkpoints: python -m trainer.saving.checkpoints_cli ls RUN | diff A B | verify CHECKPOINT
 
 RUN is a run's folder, or the folder or s3:// prefix that holds its checkpoints. A checkpoint is RUN/step_00000500, on
 disk or S3, or a RUN, which means its newest complete one. Exit status 0: as it should be (diff: equal within --bound);
@@ -19,11 +19,11 @@ from rich.table import Table
 
 from configs.folders import OURS
 from data.s3 import DataError
-from trainer import checkpoint_content, checkpoint_store
-from trainer.certificate import Certificate, CheckpointError
-from trainer.checkpoint import SAVED_AT
-from trainer.checkpoint_reader import CheckpointReader
-from trainer.checkpoint_store import CheckpointStore, open_store
+from trainer.saving import checkpoint_content, checkpoint_store
+from trainer.saving.certificate import Certificate, CheckpointError
+from trainer.saving.checkpoint import SAVED_AT
+from trainer.saving.checkpoint_reader import CheckpointReader
+from trainer.saving.checkpoint_store import CheckpointStore, open_store
 
 WORST = 10
 """Tensors that diff names where --all does not ask for every one."""

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trainer.certificate import CheckpointError
 from trainer.engines.engine import TensorPart
+from trainer.saving.certificate import CheckpointError
 
 NAMES = {
     torch.float64: "F64",

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer import certificate as certificates
-from trainer.certificate import CheckpointError
-from trainer.checkpoint_reader import CheckpointReader
 from trainer.engines.engine import TensorPart
 from trainer.sameness import relative
-from trainer.tensor_file import as_dtype
+from trainer.saving import certificate as certificates
+from trainer.saving.certificate import CheckpointError
+from trainer.saving.checkpoint_reader import CheckpointReader
+from trainer.saving.tensor_file import as_dtype
 
 CHUNK = 4 << 20
 """Elements held at a time."""

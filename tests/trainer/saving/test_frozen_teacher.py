@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.trainer.engines import toy
-from tests.trainer.saving import alone, small_engine
-from trainer import frozen_teacher
-from trainer.certificate import CheckpointError
+from tests.trainer.saving.parts import alone, small_engine
 from trainer.engines.fsdp2 import FSDP2
 from trainer.objectives.objective import ONLINE, TEACHER
+from trainer.saving import frozen_teacher
+from trainer.saving.certificate import CheckpointError
 
 
 def _velocities(engine: FSDP2) -> list[torch.Tensor]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from data.s3 import READ_BUDGET_S
-from trainer import certificate as certificates
-from trainer import durable
-from trainer.certificate import Certificate, CheckpointError, UnknownFormatError
-from trainer.tensor_file import StagedFile
+from trainer.saving import certificate as certificates
+from trainer.saving import durable
+from trainer.saving.certificate import Certificate, CheckpointError, UnknownFormatError
+from trainer.saving.tensor_file import StagedFile
 
 _FOLDER = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.replaced")
 OWNER = "owner"
@@ -68,7 +68,7 @@ def open_store(where: str | Path, endpoint_url: str | None = None, budget_s: flo
     """Store of a folder or an s3:// URL. Raises CheckpointError for other schemes."""
     text = str(where)
     if text.startswith("s3://"):
-        from trainer.checkpoint_s3 import S3Checkpoints
+        from trainer.saving.checkpoint_s3 import S3Checkpoints
 
         bucket, _, prefix = text.removeprefix("s3://").partition("/")
         return S3Checkpoints(bucket, prefix.strip("/"), endpoint_url, budget_s)

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from configs.schema import Config, Runtime, Train
 from data.batch import Batch
 from tests.ranks import RankFailedError, run_ranks
-from trainer import hang, loop
+from trainer import loop
 from trainer.engines.distributed import Agreement
 from trainer.stages import Stages
 from trainer.updates import Updates
-from trainer.watchdog import EXIT_CODE, Patience
+from trainer.watching import hang
+from trainer.watching.watchdog import EXIT_CODE, Patience
 
 RUNTIME = Runtime(hang_timeout_s=1.0, hang_first_timeout_s=2.0)
 

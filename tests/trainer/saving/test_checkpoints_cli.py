@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.saving import alone, numbered, parts_of
-from trainer import certificate
-from trainer.checkpoints_cli import main
+from tests.trainer.saving.parts import alone, numbered, parts_of
+from trainer.saving import certificate
+from trainer.saving.checkpoints_cli import main
 
 
 @pytest.fixture

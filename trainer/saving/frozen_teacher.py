@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 
-from trainer.certificate import CheckpointError
 from trainer.engines.engine import TensorPart
+from trainer.saving.certificate import CheckpointError
 
 KEY = "frozen_teacher"
 TOLERANCE = 1e-9

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.certificate import Certificate, CheckpointError, Range, SavedTensor
 from trainer.engines.engine import TensorPart
-from trainer.tensor_file import key
+from trainer.saving.certificate import Certificate, CheckpointError, Range, SavedTensor
+from trainer.saving.tensor_file import key
 
 
 @dataclass(frozen=True)

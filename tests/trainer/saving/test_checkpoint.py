@@ -14,13 +14,13 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.trainer.engines import toy
-from tests.trainer.saving import alone, latest, numbered, parts_of, small_engine
-from trainer import certificate, checkpoint, checkpoint_store
-from trainer.certificate import CheckpointError
-from trainer.checkpoint_parts import Written, describe, merge
-from trainer.checkpoint_store import LocalCheckpoints
+from tests.trainer.saving.parts import alone, latest, numbered, parts_of, small_engine
 from trainer.engines.engine import TensorPart
 from trainer.engines.fsdp2 import FSDP2
+from trainer.saving import certificate, checkpoint, checkpoint_store
+from trainer.saving.certificate import CheckpointError
+from trainer.saving.checkpoint_parts import Written, describe, merge
+from trainer.saving.checkpoint_store import LocalCheckpoints
 
 ROWS = 12
 
