@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 from types import TracebackType
 from typing import Self
 
+_NUMBERS = itertools.count()
 INTERFACE = "eth0"
 """Name of every host's interface, inside its namespace."""
 
@@ -32,7 +34,8 @@ class Network:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._tag = f"tf{os.getpid() % 100000}"  # names of interfaces have 15 characters at most
+        # The kernel removes an interface some time after its namespace: a name is used once. 15 characters at most.
+        self._tag = f"tf{os.getpid() % 100000}n{next(_NUMBERS)}"
         self.own_address = "10.77.7.254"
 
     def __enter__(self) -> Self:

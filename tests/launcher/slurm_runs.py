@@ -54,6 +54,11 @@ class SlurmRun:
     cluster: Cluster = field(default_factory=Cluster)
 
     @property
+    def experiment(self) -> str:
+        """MLflow's name, a run's own: tests share one database."""
+        return f"{self.folder.parent.name}-{self.folder.name}"
+
+    @property
     def log(self) -> Path:
         return self.folder.parent / f"{self.folder.name}.trouble"
 
@@ -72,7 +77,7 @@ class SlurmRun:
             "checkpoint.every": 3,
             "checkpoint.keep_last": 2,
             "tracking.uri": f"sqlite:///{self.assets}/mlflow.db",
-            "tracking.experiment": self.folder.name,
+            "tracking.experiment": self.experiment,
             "tracking.every": 1,
             "tracking.held_out_every": 0,
             "sample.presets": "[]",

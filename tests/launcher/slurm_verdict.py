@@ -44,4 +44,4 @@ def mlflow_runs(run: SlurmRun) -> list[str]:
     )
     query = "select status from runs join experiments using (experiment_id) where experiments.name = ?"
     with sqlite3.connect(run.assets / "mlflow.db") as database:
-        return [row[0] for row in database.execute(query, (run.folder.name,))]
+        return [row[0] for row in database.execute(query, (run.experiment,))]
