@@ -84,7 +84,7 @@ class Loader:
         of_node = order.global_batch_size // world_size * local_world_size
         rows = range(node * of_node, min((node + 1) * of_node, order.global_batch_size))
         self.reach: Reach = reach(order, manifest, remote, rows, self.steps, cache.max_bytes)
-        self._dataset = Steps(order, manifest, folders, cache, rank, world_size, flip, self.reach.ranged)
+        self._dataset = Steps(order, manifest, folders, cache, rank, world_size, flip, self.reach.ranged, steps)
         if rank == 0:
             for stream, lanes in zip(order.streams, order.lanes, strict=True):
                 shards = len(stream.shards)

@@ -24,6 +24,8 @@ from data.samples import Sample, SampleError, read_sample
 from data.workers import Progress
 
 _INDEXES = 512
+# Finding the references of a step costs some hundred microseconds, however few rows it has.
+_AT_ONCE = 16
 
 Read = Callable[[int, Shard, Index, int], Any]
 """Makes something of sample `int` of a shard open as file descriptor `int`; a function that processes can be sent."""
@@ -49,7 +51,7 @@ class RawBatch:
 class Steps(Dataset[Any]):
     """Item s is this rank's Batch of global step s, or its RawBatch where `read` is set.
 
-    ranged: members are fetched in place of whole shards.
+    ranged: members are fetched in place of whole shards; stop: the step after the last.
     """
 
     def __init__(
@@ -62,14 +64,16 @@ class Steps(Dataset[Any]):
         world_size: int,
         flip: bool,
         ranged: bool,
+        stop: int,
     ) -> None:
         self.order, self.manifest, self.folders, self.cache, self.rank = order, manifest, folders, cache, rank
         rows = order.global_batch_size // world_size
         self.rows = range(rank * rows, (rank + 1) * rows)
-        self.flip, self.ranged = flip, ranged
+        self.flip, self.ranged, self.stop = flip, ranged, stop
         self.read: Read | None = None
         self.progress: Progress | None = None
         self._indexes: OrderedDict[int, Index] = OrderedDict()
+        self._ahead: dict[int, References] = {}
 
     def __getitem__(self, step: int) -> Batch | RawBatch | Failure:
         try:
@@ -78,7 +82,7 @@ class Steps(Dataset[Any]):
             return Failure(f"rank {self.rank}, step {step}: {error}")
 
     def _batch(self, step: int) -> Batch:
-        references = self.order.step(step, self.rows)
+        references = self._references(step)
         samples: list[Sample | None] = [None] * len(self.rows)
         replaced: list[Replacement] = []
         own_epochs, indices = references.own_epoch.tolist(), references.index.tolist()
@@ -97,7 +101,7 @@ class Steps(Dataset[Any]):
         return collate(step, shards[0].bucket, self.rows, found, names, own_epochs, replaced, dtype)
 
     def _raw(self, step: int) -> RawBatch:
-        references = self.order.step(step, self.rows)
+        references = self._references(step)
         assert self.read is not None
         indices = references.index.tolist()
         keys, made = [""] * len(self.rows), [None] * len(self.rows)
@@ -108,6 +112,14 @@ class Steps(Dataset[Any]):
                 keys[row] = index.keys[sample]
                 made[row] = self.read(source.descriptor(sample), shard, index, sample)
         return RawBatch(step, self.rows, tuple(keys), tuple(made))
+
+    def _references(self, step: int) -> References:
+        """References of a step. Those of the next ones that this process makes are found with them."""
+        if step not in self._ahead:
+            worker = get_worker_info()
+            steps = range(step, self.stop, worker.num_workers if worker else 1)[:_AT_ONCE]
+            self._ahead = dict(zip(steps, self.order.several(steps, self.rows), strict=True))
+        return self._ahead[step]
 
     def _open(self, step: int, references: References) -> Iterator[tuple[int, list[int], Source]]:
         """The shards of a step one by one: number, rows of this rank that are in it, and the shard to read from."""

@@ -235,3 +235,13 @@ def test_rows_are_the_same_in_every_version() -> None:
         (0, 0, 16),
         (0, 0, 7),
     ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(orders(), st.lists(st.integers(0, 60), min_size=1, max_size=8), st.booleans())
+def test_several_steps_are_each_of_them(order: Order, steps: list[int], part: bool) -> None:
+    rows = range(order.global_batch_size // 2, order.global_batch_size) if part else None
+    for step, found in zip(steps, order.several(steps, rows), strict=True):
+        alone = order.step(step, rows)
+        for column in ("own_epoch", "shard", "index"):
+            assert getattr(found, column).tolist() == getattr(alone, column).tolist()
