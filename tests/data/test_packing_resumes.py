@@ -52,7 +52,7 @@ def test_a_packing_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path
 
 @pytest.mark.slow
 def test_ctrl_c_ends_soon_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    source, dest = write_folder(tmp_path / "pets", 1200), tmp_path / "dest"
+    source, dest = write_folder(tmp_path / "pets", 400), tmp_path / "dest"
     command = [str(source), str(dest), *SMALL, "--shard-mb", "0.02"]
     process = start("data.pack", *command, "--workers", "1")
     deadline = time.monotonic() + 60
@@ -63,7 +63,7 @@ def test_ctrl_c_ends_soon_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 130 and "the same command goes on" in output and "Traceback" not in output
     assert not (dest / ".packing").exists() and not (dest / "manifest.json").exists()
     assert main([*command, *HERE]) == 0
-    assert verify(str(dest)) == (1200, [])
+    assert verify(str(dest)) == (400, [])
 
 
 def test_after_a_packing_that_left_nothing_other_options_are_welcome(
