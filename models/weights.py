@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +58,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str | float]) -> None:
+def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str]) -> None:
     """Fill plain or sharded (DTensor, FlatPart) parameters in place, cast to their dtype.
 
-    derived: prefix of parameters that a base checkpoint does not have -> the prefix that they start as copies of, or
-    the standard deviation of fresh ones (see `drawn`). Where *all* keys of such a prefix are missing they start so;
-    where they are present they are loaded like any other.
+    derived: prefix -> source prefix of parameters that a base checkpoint does not have. Where *all* keys of such a
+    prefix are missing they become copies of their source; where they are present they are loaded like any other.
 
     Raises CheckpointError for every other missing, unexpected or misshapen key, before anything is changed.
     """
@@ -75,8 +73,8 @@ def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str | float
         raise RuntimeError(f"parameters must be materialised (to_empty) before loading: {_some(unallocated)}")
     files = _files(folder)
     missing = set(targets) - set(files)
-    made = {name: origin for prefix, origin in derived.items() for name in _absent(targets, missing, prefix)}
-    problems = [f"missing: {name}" for name in sorted(missing - set(made))]
+    copies = {name: source for new, old in derived.items() for name, source in _absent(targets, missing, new, old)}
+    problems = [f"missing: {name}" for name in sorted(missing - set(copies))]
     problems += [f"unexpected: {name}" for name in sorted(set(files) - set(targets))]
     _refuse(folder, problems)
 
@@ -91,21 +89,8 @@ def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str | float
         with _open(file) as reader:
             for name in names:
                 _fill(targets[name], reader.get_slice(name))
-    for name, origin in made.items():
-        if isinstance(origin, str):
-            prefix = next(prefix for prefix in derived if name.startswith(prefix))
-            _local(targets[name]).copy_(_local(targets[origin + name.removeprefix(prefix)]))
-        else:
-            _fill(targets[name], drawn(name, targets[name].shape, origin))
-
-
-def drawn(name: str, shape: Sequence[int], deviation: float) -> Tensor:
-    """A fresh parameter, float32: biases (one dimension) are 0, weights normal. A function of the name alone, so that
-    every rank, engine and number of ranks starts from the same numbers."""
-    if len(shape) < 2:
-        return torch.zeros(shape)
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * deviation
+    for name, source in copies.items():
+        _local(targets[name]).copy_(_local(targets[source]))
 
 
 def export(
@@ -168,10 +153,12 @@ def _files(folder: Path) -> dict[str, Path]:
     )
 
 
-def _absent(targets: Mapping[str, Any], missing: Set[str], prefix: str) -> list[str]:
-    """The names with a derived prefix; none unless every one of them is missing."""
-    names = [name for name in targets if name.startswith(prefix)]
-    return names if missing >= set(names) else []
+def _absent(targets: Mapping[str, Any], missing: Set[str], new: str, old: str) -> Iterator[tuple[str, str]]:
+    """(name, source) of a derived prefix; nothing unless every one of its keys is missing."""
+    names = [name for name in targets if name.startswith(new)]
+    if missing >= set(names):
+        for name in names:
+            yield name, old + name.removeprefix(new)
 
 
 def _misshapen(file: Path, targets: Mapping[str, Tensor | FlatPart]) -> list[str]:

@@ -17,7 +17,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models import weights
 from models.backbones.qwen_image import QwenImage
-from models.target_time import TARGET_PREFIX
 from models.weights import CheckpointError
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -51,34 +50,6 @@ def test_base_checkpoint_starts_the_second_embedding_as_a_copy(folder: Path) -> 
     copies = {key.replace("time_text_embed.", "time_text_embed_2."): x for key, x in stored.items() if "embed." in key}
     assert len(copies) == 4
     assert_holds(model, stored | copies)
-
-
-@pytest.mark.parametrize("parts", [1, 3])
-def test_fresh_parameters_are_the_same_numbers_however_they_are_cut(folder: Path, parts: int) -> None:
-    """Weights of the given deviation, biases 0, the same at every call; other parameters come from the files."""
-    model, derived = fresh(folder), {TARGET_PREFIX: 0.02}
-    weights.load(model, folder / "transformer", derived)
-    state = torch.random.get_rng_state()
-    pieces: dict[str, list[Tensor]] = {}
-    for part in range(parts):
-        cut = fresh(folder)
-        for name, parameter in cut.named_parameters():
-            mine = torch.full((parameter.numel(),), float("nan")).chunk(parts)[part].clone()
-            start = sum(piece.numel() for piece in pieces.get(name, []))
-            parameter.flat_part = weights.FlatPart(tuple(parameter.shape), start, mine)  # type: ignore[attr-defined]
-            pieces.setdefault(name, []).append(mine)
-        weights.load(cut, folder / "transformer", derived)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(torch.cat(pieces[name]), parameter.detach().flatten()), name
-        if name.startswith(TARGET_PREFIX):
-            expected = 0.02 if parameter.ndim == 2 else 0.0
-            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.1), name
-    assert_holds(model, load_file(folder / "transformer" / FILE) | second_embedding(model))
-
-
-def second_embedding(model: QwenImage) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(TARGET_PREFIX)}
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
