@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from data.buckets import Bucket, Sizes
 from data.contents import KINDS, Contents
+from data.ending import exit_status
 from data.images import stored_size
 from data.index import Index, index_tar, known_shard, write_index
 from data.manifest import CHANNELS, MANIFEST, Shard, encoded_of, load_document, write_manifest
@@ -192,26 +193,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=workers, help="processes; 0 none but this (%(default)s)")
     parser.add_argument("--endpoint-url", help="S3 endpoint of stores other than AWS")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         store = open_store(given.dest, given.endpoint_url)
         if isinstance(store, LocalFolder) and not store.path.is_dir():
             raise DataError(f"{store.url}: no such folder")
         name = re.sub(r"[^\w-]", "_", given.name or store.url.rsplit("/", 1)[-1], flags=re.ASCII) or "images"
         contents = Contents(given.kind, given.channels)
         shards, left_out = index_folder(store, name, contents, max(0, given.workers), given.resolution)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    for bucket, count in sorted(Counter({s.bucket: 0 for s in shards}).items()):
-        count = sum(s.samples for s in shards if s.bucket == bucket)
-        print(f"{bucket}: {count} samples in {sum(s.bucket == bucket for s in shards)} shards")
-    for reason, count in left_out.most_common():
-        print(f"left out: {count} samples: {reason}")
-    print(f"wrote {store.url_of(MANIFEST)}")
-    return 0
+        for bucket, count in sorted(Counter({s.bucket: 0 for s in shards}).items()):
+            count = sum(s.samples for s in shards if s.bucket == bucket)
+            print(f"{bucket}: {count} samples in {sum(s.bucket == bucket for s in shards)} shards")
+        for reason, count in left_out.most_common():
+            print(f"left out: {count} samples: {reason}")
+        print(f"wrote {store.url_of(MANIFEST)}")
+        return 0
+
+    return exit_status(work, "the same command goes on")
 
 
 if __name__ == "__main__":

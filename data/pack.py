@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data.buckets import Bucket, Sizes
+from data.ending import exit_status
 from data.index import known_shard, parse_index
 from data.manifest import MANIFEST, VERSION, Shard, load_document, write_manifest
 from data.members import Encode
@@ -234,19 +235,16 @@ def main(arguments: list[str] | None = None) -> int:
         options = options_of(given)
     except ValueError as error:
         parser.error(str(error))
-    try:
+
+    def work() -> int:
         store = open_store(given.dest, given.endpoint_url)
         if isinstance(store, LocalFolder) and store.path.is_relative_to(given.source.absolute()):
             raise DataError(f"{store.url}: lies in SOURCE; choose a DEST outside of it")
         made = pack(given.source, store, options, given.workers)
         report(*made, options.kind, store.url_of(LEFT_OUT), store.url_of(MANIFEST))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_status(work, "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.contents import Contents
+from data.ending import exit_status
 from data.index import Index, index_tar, parse_index
 from data.manifest import Shard, read_manifest
 from data.pool import Pool, tick
@@ -117,18 +118,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=workers, help="processes; 0 none but this (%(default)s)")
     parser.add_argument("--endpoint-url", help="S3 endpoint of stores other than AWS")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         samples, problems = verify(given.dest, given.endpoint_url, max(0, given.workers))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was changed", file=sys.stderr)
-        return 130
-    for problem in problems:
-        tqdm.write(problem)
-    print(f"{given.dest}: {samples} samples, {len(problems)} problems")
-    return 1 if problems else 0
+        for problem in problems:
+            tqdm.write(problem)
+        print(f"{given.dest}: {samples} samples, {len(problems)} problems")
+        return 1 if problems else 0
+
+    return exit_status(work, "nothing was changed")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
-_WRAPPER = "_checkpoint_wrapped_module."  # torch's activation checkpointing puts it into names
 
 
 class CheckpointError(RuntimeError):
@@ -51,10 +50,15 @@ def component(path: str | Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch's activation checkpointing puts into it."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers by the name they have without wrappers."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        yield name.replace(_WRAPPER, ""), tensor
+        yield plain_name(name), tensor
 
 
 @torch.no_grad()

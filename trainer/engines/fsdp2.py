@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -18,10 +16,9 @@ from configs.schema import Ema as EmaOptions
 from configs.schema import Optimizer as OptimizerOptions
 from trainer.engines import optim, recompute, refusals, sharding
 from trainer.engines.distributed import default_device
-from trainer.engines.engine import TensorPart
 from trainer.engines.networks import Networks
+from trainer.engines.sharded_engine import ShardedEngine
 from trainer.engines.shards import Shard, ShardedState
-from trainer.objectives.objective import Nets
 
 
 @dataclass
@@ -57,7 +54,7 @@ class FSDP2Options:
     """Backend of torch.compile; aot_eager traces without generating kernels, for looking for faults."""
 
 
-class FSDP2:
+class FSDP2(ShardedEngine):
     """Engine over `torch.distributed.fsdp.fully_shard`; the process group exists already.
 
     backbone: implements models.backbone.Backbone, on the CPU, on `device` or on meta; changed in place. teacher: online
@@ -68,9 +65,6 @@ class FSDP2:
     Raises:
         ValueError: options that cannot hold together, with the remedy.
     """
-
-    device: torch.device
-    nets: Nets
 
     def __init__(
         self,
@@ -95,18 +89,16 @@ class FSDP2:
         if separate is not None:
             self._teacher = sharding.shard(separate, layout)
             sharding.fill(self._teacher, self.device, self._copy_online, options.cpu_offload)
-        self._networks = Networks(self._online, self._teacher)
-        self.nets = self._networks
         self._parameters = sharding.sharded_parameters(self._online)
         averaged = None
-        self._averages_in_teacher = teacher == "ema"
-        if self._averages_in_teacher and self._teacher is not None:
+        if teacher == "ema" and self._teacher is not None:
             of_teacher = sharding.sharded_parameters(self._teacher)
             averaged = {name: sharding.local_part(shard).view(-1) for name, shard in of_teacher.items()}
         # Plain tensors over the shards' memory: no DTensor dispatch in the update, and any optimizer will do.
         shards = {name: self._shard(parameter) for name, parameter in self._parameters.items()}
-        self._state = ShardedState(shards, optimizer, ema.decay, averaged, options.replicate)
-        self._swapped = False
+        state = ShardedState(shards, optimizer, ema.decay, averaged, options.replicate)
+        networks = Networks(self._online, self._teacher)
+        super().__init__(self._online, networks, state, self._teacher if averaged else None)
 
     def _shard(self, parameter: DTensor) -> Shard:
         """This rank's rows of a parameter; one rank of a replicated group writes them into checkpoints."""
@@ -118,107 +110,23 @@ class FSDP2:
     def _copy_online(self, module: nn.Module) -> None:
         sharding.copy_into(module, self._online)
 
-    def _free_gathered(self) -> None:
-        """Before shards are written: the next pass must gather anew."""
-        while self._networks.passed:
-            sharding.free_gathered(self._networks.passed.pop())
+    def _release(self, module: nn.Module) -> None:
+        sharding.free_gathered(module)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch, summed over ranks; every rank calls it equally often."""
         loss.backward()
 
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> Tensor:
-        """Clip to the global norm, update, clear gradients. The global norm before clipping, a scalar on the device.
+    def _graded(self) -> set[str]:
+        return {name for name, parameter in self._parameters.items() if parameter.grad is not None}
 
-        A norm that is not finite leaves parameters, moments and step count as they were, on all ranks alike.
+    def _gradients(self) -> dict[str, Tensor]:
+        gradients = {name: cast(DTensor, self._parameters[name].grad) for name in self._state.trainable}
+        return {name: sharding.local_part(gradient).view(-1) for name, gradient in gradients.items()}
 
-        Raises:
-            RuntimeError: a trainable parameter received no gradient in this step.
-        """
-        assert not self._swapped, "an optimizer step within weights('ema')"
-        self._free_gathered()
-        trained = self._state.trainable
-        gradients = {name: self._parameters[name].grad for name in trained}
-        missing = [name for name, gradient in gradients.items() if gradient is None]
-        if missing:
-            raise RuntimeError(
-                f"{len(missing)} of {len(trained)} trainable parameters got no gradient, first {missing[:3]}: "
-                "call backward before step; parameters that never get one belong in the backbone's idle_parameters"
-            )
-        local = {name: sharding.local_part(cast(DTensor, gradient)).view(-1) for name, gradient in gradients.items()}
-        norm = self._state.update(local, learning_rate)
-        for name in trained:
+    def _clear_gradients(self) -> None:
+        for name in self._state.trainable:
             self._parameters[name].grad = None
-        return norm.to(self.device)
-
-    def update_ema(self) -> None:
-        """Move the averaged weights once; after the optimizer step (law 4)."""
-        if self._state.ema is not None:
-            self._free_gathered()
-            self._state.ema.update()
-
-    @contextlib.contextmanager
-    def weights(self, which: str) -> Iterator[None]:
-        """Within the context `nets` computes with "online" or "ema" parameters; for passes without gradient.
-
-        Raises:
-            ValueError: unknown name, or no averaged weights are kept.
-        """
-        refusals.refuse_weights(which, self._state.ema is not None)
-        if which == "online":
-            yield
-        elif self._averages_in_teacher and self._teacher is not None:
-            with self._networks.evaluate(self._teacher):
-                yield
-        else:
-            self._exchange()
-            try:
-                yield
-            finally:
-                self._exchange()
-
-    def _exchange(self) -> None:
-        assert self._state.ema is not None
-        self._free_gathered()
-        self._state.ema.swap()
-        self._swapped = not self._swapped
-
-    def parts(self) -> Iterator[TensorPart]:
-        """Parameters, moments and averaged weights as flat views of this rank's shards, in an order equal on all ranks.
-
-        A load may write them: the next pass gathers anew.
-        """
-        assert not self._swapped, "a checkpoint within weights('ema')"
-        self._free_gathered()
-        return self._state.parts()
-
-    def counters(self) -> dict[str, float]:
-        """optimizer_step: updates made (skipped steps do not count); ema_decay: the decay rate k in force."""
-        return self._state.counters()
-
-    def load_counters(self, counters: dict[str, float]) -> None:
-        """Put `counters()` of a checkpoint in force, and what was written to `parts()`; KeyError where one is missing."""
-        self._state.load_counters(counters)
-
-    @torch.no_grad()
-    def full_state(self, which: str) -> dict[str, Tensor]:
-        """All parameters and persistent buffers by name on the CPU of rank 0, an empty dict elsewhere. Collective.
-
-        Frozen parameters have no average and are the same in both. One whole tensor at a time is on the device.
-
-        Raises:
-            ValueError: unknown name, or no averaged weights are kept.
-        """
-        refusals.refuse_weights(which, self._state.ema is not None)
-        state: dict[str, Tensor] = {}
-        for name in self._parameters:
-            whole = self._state.gather(name, which)
-            if whole is not None:
-                state[name] = whole
-        if dist.get_rank() == 0:
-            state |= sharding.persistent_buffers(self._online)
-        return state
 
 
 def _check(options: FSDP2Options, ema: EmaOptions, teacher: str) -> None:

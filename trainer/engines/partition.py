@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.weights import FlatPart
+from models.weights import FlatPart, plain_name
 from trainer.engines.shards import Shard
 
 _JOINED: list[Any] = []
 """The process group that DeepSpeed knows."""
-_WRAPPER = "_checkpoint_wrapped_module."
 
 
 @functools.cache
@@ -106,7 +105,7 @@ def configuration(
 
 def named(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the backbone's own names."""
-    return {name.replace(_WRAPPER, ""): parameter for name, parameter in module.named_parameters()}
+    return {plain_name(name): parameter for name, parameter in module.named_parameters()}
 
 
 def split(module: nn.Module, config: dict[str, Any], device: torch.device) -> None:

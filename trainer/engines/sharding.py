@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-_WRAPPER = "_checkpoint_wrapped_module."
+from models.weights import plain_name
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def sharded_parameters(root: nn.Module) -> dict[str, DTensor]:
 
     Only valid while nothing is gathered, as right after sharding.
     """
-    return {name.replace(_WRAPPER, ""): cast(DTensor, parameter) for name, parameter in root.named_parameters()}
+    return {plain_name(name): cast(DTensor, parameter) for name, parameter in root.named_parameters()}
 
 
 def local_part(tensor: DTensor) -> Tensor:
@@ -198,4 +198,4 @@ def persistent_buffers(root: nn.Module) -> dict[str, Tensor]:
 
 
 def _named_buffers(root: nn.Module) -> dict[str, Tensor]:
-    return {name.replace(_WRAPPER, ""): buffer for name, buffer in root.named_buffers()}
+    return {plain_name(name): buffer for name, buffer in root.named_buffers()}

@@ -59,6 +59,11 @@ class ShardedState:
             self.ema = Ema(decay, [self.averaged[name] for name in trainable], list(trainable.values()))
 
     @property
+    def names(self) -> list[str]:
+        """Names of all parameters, trained or frozen."""
+        return list(self._shards)
+
+    @property
     def trainable(self) -> list[str]:
         """Names of the trained parameters."""
         return list(self._leaves)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,10 @@ from configs.schema import Optimizer as OptimizerOptions
 from trainer.engines import optim, partition, refusals, sharding
 from trainer.engines.autocast import compute_in_bfloat16
 from trainer.engines.distributed import default_device
-from trainer.engines.engine import TensorPart
 from trainer.engines.networks import Networks
 from trainer.engines.recompute import checkpoint_blocks
+from trainer.engines.sharded_engine import ShardedEngine
 from trainer.engines.shards import ShardedState
-from trainer.objectives.objective import Nets
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Zero3Options:
     """Parameters gathered ahead of the module that computes (stage 3) [elements]."""
 
 
-class Zero3:
+class Zero3(ShardedEngine):
     """Engine over DeepSpeed's ZeRO stages 3 and 2; the process group exists already.
 
     backbone: implements models.backbone.Backbone, on the CPU, on `device` or on meta; changed in place. teacher: online
@@ -60,9 +58,6 @@ class Zero3:
     Raises:
         ValueError: options that cannot hold together, with the remedy.
     """
-
-    device: torch.device
-    nets: Nets
 
     def __init__(
         self,
@@ -88,17 +83,15 @@ class Zero3:
         self._teacher: Any = None
         if separate is not None:
             self._teacher = self._initialize(separate, options, config, self._copy_online)
-        self._networks = Networks(self._online, self._teacher)
-        self.nets = self._networks
         self._masters = partition.Stage3(self._online) if options.stage == 3 else partition.Stage2(self._online)
         averaged = None
-        self._averages_in_teacher = teacher == "ema"
-        if self._averages_in_teacher and self._teacher is not None:
+        if teacher == "ema" and self._teacher is not None:
             averaged = {name: part.local for name, part in partition.parts(self._teacher.module).items()}
-        self._state = ShardedState(self._masters.shards(), optimizer, ema.decay, averaged)
-        self._graded: set[str] = set()
+        state = ShardedState(self._masters.shards(), optimizer, ema.decay, averaged)
+        networks = Networks(self._online, self._teacher)
+        super().__init__(self._online.module, networks, state, self._teacher if averaged else None)
+        self._with_gradient: set[str] = set()
         self._watch_gradients()
-        self._swapped = False
 
     def _initialize(
         self, module: Any, options: Zero3Options, config: dict[str, Any], load: Callable[[nn.Module], None] | None
@@ -135,115 +128,29 @@ class Zero3:
         """Note which parameters get a gradient: DeepSpeed's buffers do not tell."""
         for name, parameter in partition.named(self._online.module).items():
             if parameter.requires_grad:
-                note = functools.partial(lambda name, _: self._graded.add(name), name)
+                note = functools.partial(lambda name, _: self._with_gradient.add(name), name)
                 parameter.register_post_accumulate_grad_hook(note)
 
-    def _free_gathered(self) -> None:
-        """Before partitions are written: the next pass must gather anew."""
-        while self._networks.passed:
-            partition.release(self._networks.passed.pop())
+    def _release(self, module: Any) -> None:
+        partition.release(module)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch, summed over ranks; every rank calls it equally often."""
         # DeepSpeed averages over ranks; the contract is the sum.
         self._online.backward(loss * self._ranks, scale_wrt_gas=False)
 
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> Tensor:
-        """Clip to the global norm, update, clear gradients. The global norm before clipping, a scalar on the device.
+    def _graded(self) -> set[str]:
+        return self._with_gradient
 
-        A norm that is not finite leaves parameters, moments and step count as they were, on all ranks alike.
+    def _gradients(self) -> dict[str, Tensor]:
+        return self._masters.gradients()
 
-        Raises:
-            RuntimeError: a trainable parameter received no gradient in this step.
-        """
-        assert not self._swapped, "an optimizer step within weights('ema')"
-        missing = [name for name in self._state.trainable if name not in self._graded]
-        if missing:
-            raise RuntimeError(
-                f"{len(missing)} of {len(self._state.trainable)} trainable parameters got no gradient, first "
-                f"{missing[:3]}: call backward before step; parameters that never get one belong in the backbone's "
-                "idle_parameters"
-            )
-        self._free_gathered()
-        norm = self._state.update(self._masters.gradients(), learning_rate)
-        self._masters.publish()
+    def _clear_gradients(self) -> None:
         self._masters.clear()
-        self._graded.clear()
-        return norm.to(self.device)
+        self._with_gradient.clear()
 
-    def update_ema(self) -> None:
-        """Move the averaged weights once; after the optimizer step (law 4)."""
-        if self._state.ema is not None:
-            self._free_gathered()
-            self._state.ema.update()
-
-    @contextlib.contextmanager
-    def weights(self, which: str) -> Iterator[None]:
-        """Within the context `nets` computes with "online" or "ema" parameters; for passes without gradient.
-
-        Raises:
-            ValueError: unknown name, or no averaged weights are kept.
-        """
-        refusals.refuse_weights(which, self._state.ema is not None)
-        if which == "online":
-            yield
-        elif self._averages_in_teacher and self._teacher is not None:
-            with self._networks.evaluate(self._teacher):
-                yield
-        else:
-            self._exchange()
-            try:
-                yield
-            finally:
-                self._exchange()
-
-    def _exchange(self) -> None:
-        assert self._state.ema is not None
-        self._free_gathered()
-        self._state.ema.swap()
+    def _publish(self) -> None:
         self._masters.publish()
-        self._swapped = not self._swapped
-
-    def parts(self) -> Iterator[TensorPart]:
-        """Parameters, moments and averaged weights as flat views of this rank's memory, in an order equal on all ranks.
-
-        A load may write them; load_counters puts what was written in force.
-        """
-        assert not self._swapped, "a checkpoint within weights('ema')"
-        self._free_gathered()
-        return self._state.parts()
-
-    def counters(self) -> dict[str, float]:
-        """optimizer_step: updates made (skipped steps do not count); ema_decay: the decay rate k in force."""
-        return self._state.counters()
-
-    def load_counters(self, counters: dict[str, float]) -> None:
-        """Put `counters()` of a checkpoint in force, and what was written to `parts()`; collective.
-
-        Raises:
-            KeyError: a counter is missing.
-        """
-        self._state.load_counters(counters)
-        self._masters.publish()
-
-    def full_state(self, which: str) -> dict[str, Tensor]:
-        """All parameters and persistent buffers by name on the CPU of rank 0, an empty dict elsewhere. Collective.
-
-        Frozen parameters have no average and are the same in both. One whole tensor at a time is on the device.
-
-        Raises:
-            ValueError: unknown name, or no averaged weights are kept.
-        """
-        refusals.refuse_weights(which, self._state.ema is not None)
-        state: dict[str, Tensor] = {}
-        for name in partition.named(self._online.module):
-            whole = self._state.gather(name, which)
-            if whole is not None:
-                state[name] = whole
-        if dist.get_rank() == 0:
-            state |= sharding.persistent_buffers(self._online.module)
-        return state
 
 
 def _check(options: Zero3Options, ema: EmaOptions, teacher: str) -> None:

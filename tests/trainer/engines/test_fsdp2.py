@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import Ema, Optimizer
+from models.weights import plain_name
 from tests.ranks import run_ranks
 from tests.trainer.engines import toy
 from tests.trainer.engines.running import (
@@ -19,7 +20,12 @@ from tests.trainer.engines.running import (
     ROWS,
     State,
     make_engine,
+    outputs,
+    outputs_by_weights,
     own_rows,
+    plain_output,
+    poisoned_step,
+    shared_state,
     train_step,
     velocity,
 )
@@ -84,20 +90,8 @@ def test_a_float64_model_stays_float64_throughout() -> None:
 
 
 def _poisoned(optimizer: str) -> list[Any]:
-    engine = FSDP2(
-        FSDP2Options(), toy.ToyBackbone(), Optimizer(name=optimizer, learning_rate=RATE), Ema(decay=0.9), "online"
-    )
-    train_step(engine, 0, torch.float32, 2)
-    before = {(p.group, p.name): p.local.clone() for p in engine.parts()}
-    rows = own_rows(1, torch.float32)
-    factor = float("inf") if dist.get_rank() == 1 else 1.0
-    engine.backward(toy.loss(velocity(engine, rows), rows, ROWS) * factor)
-    norm = float(engine.step(RATE))
-    unchanged = all(torch.equal(p.local, before[p.group, p.name]) for p in engine.parts())
-    steps = engine.counters()["optimizer_step"]
-    recovered = train_step(engine, 1, torch.float32, 2)
-    moved = not all(torch.equal(p.local, before[p.group, p.name]) for p in engine.parts())
-    return [norm, unchanged, steps, recovered, moved]
+    options = Optimizer(name=optimizer, learning_rate=RATE)
+    return poisoned_step(FSDP2(FSDP2Options(), toy.ToyBackbone(), options, Ema(decay=0.9), "online"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "radam"])
@@ -122,50 +116,6 @@ def test_a_step_without_gradients_names_the_parameters() -> None:
 # ---- weights of others: average, teacher
 
 
-def _outputs(engine: FSDP2, kind: int = ONLINE) -> Tensor:
-    with torch.no_grad():
-        return velocity(engine, own_rows(9, torch.float64), kind)
-
-
-def _plain_output(state: State) -> Tensor:
-    model = toy.ToyBackbone(dtype=torch.float64)
-    model.load_state_dict({name: tensor.double() for name, tensor in state.items()})
-    rows = own_rows(9, torch.float64)
-    with torch.no_grad():
-        return model(rows["x_t"], rows["t"], rows["r"], rows["cond"])
-
-
-def _shared_state(engine: FSDP2, which: str) -> State:
-    box = [engine.full_state(which)]
-    assert (dist.get_rank() == 0) == bool(box[0]), "the full state is rank 0's alone"
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _weights(teacher: str, options: dict[str, Any]) -> dict[str, Any]:
-    engine = make_engine(teacher=teacher, **options)
-    initial = _outputs(engine)
-    for step in range(3):
-        with torch.no_grad():
-            velocity(engine, own_rows(step, torch.float64), TEACHER)
-        train_step(engine, step, torch.float64, 2)
-    online, average = _outputs(engine), _shared_state(engine, "ema")
-    expected = {"online": _plain_output(_shared_state(engine, "online")), "ema": _plain_output(average)}
-    with engine.weights("ema"):
-        evaluated = _outputs(engine)
-    parts = {p.name: p.local.clone() for p in engine.parts() if p.group == "ema"}
-    return {
-        "initial": initial,
-        "online": online,
-        "evaluated": evaluated,
-        "afterwards": _outputs(engine),
-        "teacher": _outputs(engine, TEACHER),
-        "shares": engine.nets.shares_module,
-        "expected": expected,
-        "parts": len(parts),
-    }
-
-
 TEACHERS: list[Any] = [
     ("online", {}),
     ("ema", {"keep_gathered": True}),
@@ -174,9 +124,13 @@ TEACHERS: list[Any] = [
 TEACHERS += [("frozen", {}), ("ema", {"cpu_offload": True, "checkpoint_group": 2})]
 
 
+def _by_weights(teacher: str, options: dict[str, Any]) -> dict[str, Any]:
+    return outputs_by_weights(make_engine(teacher=teacher, **options), torch.float64)
+
+
 @pytest.mark.parametrize(("teacher", "options"), TEACHERS)
 def test_each_call_computes_with_the_weights_it_names(teacher: str, options: dict[str, Any]) -> None:
-    for found in run_ranks(_weights, 2, teacher, options):
+    for found in run_ranks(_by_weights, 2, teacher, options):
         same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # noqa: E731
         same(found["online"], found["expected"]["online"])
         same(found["evaluated"], found["expected"]["ema"])
@@ -185,7 +139,7 @@ def test_each_call_computes_with_the_weights_it_names(teacher: str, options: dic
         wanted = {"online": found["online"], "ema": found["evaluated"], "frozen": found["initial"]}[teacher]
         same(found["teacher"], wanted)
         assert found["shares"] == (teacher == "online")
-        assert found["parts"] == 25
+        assert found["averages"] == 25
 
 
 def _mixed_rows() -> str:
@@ -228,7 +182,7 @@ def _from_meta(teacher: str) -> tuple[State, State, Tensor]:
     def load(module: nn.Module) -> None:
         wanted = source.state_dict()
         for name, parameter in module.named_parameters():
-            name = name.replace("_checkpoint_wrapped_module.", "")
+            name = plain_name(name)
             rows = wanted[name].chunk(dist.get_world_size())
             mine = rows[dist.get_rank()] if dist.get_rank() < len(rows) else wanted[name][:0]
             with torch.no_grad():
@@ -236,7 +190,11 @@ def _from_meta(teacher: str) -> tuple[State, State, Tensor]:
         module.table.copy_(source.table)  # type: ignore[union-attr, operator]
 
     engine = FSDP2(FSDP2Options(), backbone, OPTIMIZER, Ema(decay=0.9), teacher, load=load)
-    return _shared_state(engine, "online"), _shared_state(engine, "ema"), _outputs(engine, TEACHER) - _outputs(engine)
+    return (
+        shared_state(engine, "online"),
+        shared_state(engine, "ema"),
+        outputs(engine, torch.float64, TEACHER) - outputs(engine, torch.float64),
+    )
 
 
 @pytest.mark.parametrize("teacher", ["online", "ema"])
@@ -286,7 +244,7 @@ def _without_average_kept_gathered() -> tuple[Tensor, Tensor]:
     model, options = toy.ToyBackbone(dtype=torch.float64), FSDP2Options(keep_gathered=True)
     engine = FSDP2(options, model, OPTIMIZER, Ema(decay=0.0), "online")
     train_step(engine, 0, torch.float64, 2)
-    return _outputs(engine), _plain_output(_shared_state(engine, "online"))
+    return outputs(engine, torch.float64), plain_output(shared_state(engine, "online"))
 
 
 def test_the_pass_after_an_update_sees_it_when_no_average_moves() -> None:

@@ -6,19 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import Ema, Optimizer
-from models.weights import FlatPart
+from models.weights import FlatPart, plain_name
 from tests.ranks import run_ranks
 from tests.trainer.engines import toy
-from tests.trainer.engines.running import OPTIMIZER, RATE, State, make_zero3, own_rows, train_step, velocity
+from tests.trainer.engines.running import (
+    OPTIMIZER,
+    RATE,
+    State,
+    make_zero3,
+    outputs,
+    outputs_by_weights,
+    poisoned_step,
+    shared_state,
+    train_step,
+)
 from tests.trainer.engines.sameness import assert_same
 from tests.trainer.engines.test_fsdp2_sameness import plain_run
 from trainer.engines.engine import whole
 from trainer.engines.zero3 import Zero3, Zero3Options
-from trainer.objectives.objective import ONLINE, TEACHER
+from trainer.objectives.objective import TEACHER
 
 FLOAT32 = torch.float32
 COUNT = 24  # rows of a global batch that 1, 2 and 3 ranks cut into 1 and 4 micro-batches
@@ -60,18 +69,7 @@ def test_a_partitioned_step_equals_the_plain_one(world_size: int) -> None:
 
 
 def _poisoned(options: dict[str, Any]) -> list[Any]:
-    engine = make_zero3(**options)
-    train_step(engine, 0, FLOAT32, 2)
-    before = {(p.group, p.name): p.local.clone() for p in engine.parts()}
-    rows = own_rows(1, FLOAT32)
-    factor = float("inf") if dist.get_rank() == 1 else 1.0
-    engine.backward(toy.loss(velocity(engine, rows), rows, 12) * factor)
-    norm = float(engine.step(RATE))
-    unchanged = all(torch.equal(p.local, before[p.group, p.name]) for p in engine.parts())
-    steps = engine.counters()["optimizer_step"]
-    recovered = train_step(engine, 1, FLOAT32, 2)
-    moved = not all(torch.equal(p.local, before[p.group, p.name]) for p in engine.parts())
-    return [norm, unchanged, steps, recovered, moved]
+    return poisoned_step(make_zero3(**options))
 
 
 @pytest.mark.parametrize("options", [{}, {"stage": 2}, {"offload_optimizer": True}])
@@ -98,47 +96,8 @@ def test_a_step_without_gradients_names_the_parameters() -> None:
 # ---- weights of others: average, teacher
 
 
-def _outputs(engine: Zero3, kind: int = ONLINE) -> Tensor:
-    with torch.no_grad():
-        return velocity(engine, own_rows(9, FLOAT32), kind)
-
-
-def _plain_output(state: State) -> Tensor:
-    model = toy.ToyBackbone()
-    model.load_state_dict(state)
-    rows = own_rows(9, FLOAT32)
-    with torch.no_grad():
-        return model(rows["x_t"], rows["t"], rows["r"], rows["cond"])
-
-
-def _shared_state(engine: Zero3, which: str) -> State:
-    box = [engine.full_state(which)]
-    assert (dist.get_rank() == 0) == bool(box[0]), "the full state is rank 0's alone"
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _weights(teacher: str, options: dict[str, Any]) -> dict[str, Any]:
-    engine = make_zero3(teacher, **options)
-    initial = _outputs(engine)
-    for step in range(3):
-        _outputs(engine, TEACHER)
-        train_step(engine, step, FLOAT32, 2)
-    online, average = _outputs(engine), _shared_state(engine, "ema")
-    expected = {"online": _plain_output(_shared_state(engine, "online")), "ema": _plain_output(average)}
-    with engine.weights("ema"):
-        evaluated = _outputs(engine)
-    return {
-        "initial": initial,
-        "online": online,
-        "evaluated": evaluated,
-        "afterwards": _outputs(engine),
-        "teacher": _outputs(engine, TEACHER),
-        "shares": engine.nets.shares_module,
-        "expected": expected,
-        "averages": len([p for p in engine.parts() if p.group == "ema"]),
-        "parameters": len([p for p in engine.parts() if p.group == "parameter"]),
-    }
+def _by_weights(teacher: str, options: dict[str, Any]) -> dict[str, Any]:
+    return outputs_by_weights(make_zero3(teacher, **options), FLOAT32)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +105,7 @@ def _weights(teacher: str, options: dict[str, Any]) -> dict[str, Any]:
     [("online", {}), ("online", {"stage": 2}), ("ema", {}), ("frozen", {}), ("ema", {"offload_optimizer": True})],
 )
 def test_each_call_computes_with_the_weights_it_names(teacher: str, options: dict[str, Any]) -> None:
-    for found in run_ranks(_weights, 2, teacher, options, timeout=TIMEOUT):
+    for found in run_ranks(_by_weights, 2, teacher, options, timeout=TIMEOUT):
         same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
         same(found["online"], found["expected"]["online"])
         same(found["evaluated"], found["expected"]["ema"])
@@ -189,14 +148,18 @@ def _from_meta(teacher: str, stage: int) -> tuple[State, State, Tensor]:
     def load(module: nn.Module) -> None:
         wanted = source.state_dict()
         for name, parameter in module.named_parameters():
-            whole = wanted[name.replace("_checkpoint_wrapped_module.", "")].flatten()
+            whole = wanted[plain_name(name)].flatten()
             part = getattr(parameter, "flat_part", None) or FlatPart(parameter.shape, 0, parameter.data.view(-1))
             part.local.copy_(whole[part.start : part.start + len(part.local)])
         module.table.copy_(source.table)  # type: ignore[union-attr, operator]
 
     options = Zero3Options(stage=stage)
     engine = Zero3(options, backbone, OPTIMIZER, Ema(decay=0.9), teacher, load=load)
-    return _shared_state(engine, "online"), _shared_state(engine, "ema"), _outputs(engine, TEACHER) - _outputs(engine)
+    return (
+        shared_state(engine, "online"),
+        shared_state(engine, "ema"),
+        outputs(engine, FLOAT32, TEACHER) - outputs(engine, FLOAT32),
+    )
 
 
 @pytest.mark.parametrize(("teacher", "stage"), [("online", 3), ("ema", 3), ("online", 2)])

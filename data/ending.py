@@ -1,0 +1,20 @@
+"""How the commands of data end: what was wrong in one line, or that they were interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from data.s3 import DataError
+
+
+def exit_status(work: Callable[[], int], interrupted: str) -> int:
+    """What `work` returns; 1 after a DataError, 130 after Ctrl-C, whose consequence `interrupted` tells."""
+    try:
+        return work()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; {interrupted}", file=sys.stderr)
+        return 130
