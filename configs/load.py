@@ -22,8 +22,8 @@ from configs.schema import Config
 
 IDENTITY_SECTIONS = ("model", "objective", "guidance", "optimizer", "schedule", "encoder", "ema")
 IDENTITY_KEYS = ("run.seed", "train.steps", "train.global_batch_size", "data.lanes", "data.flip")
-# Where the same weights lie, and how the frozen encoders compute, does not make another experiment.
-CIRCUMSTANCE_KEYS = ("model.path", "guidance.allow_divergent")
+# Where the same weights lie, and which kernel computes attention, does not make another experiment.
+CIRCUMSTANCE_KEYS = ("model.path", "model.attention", "guidance.allow_divergent")
 _SECRET = re.compile(r"secret|token|password|credential|(^|_)key$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s]+(?=@)")  # up to the last @: a password may hold one
 _URL_QUERY = re.compile(r"(?<=[?&])([^=&\s]*(?:secret|token|password|credential|signature|key))=[^&\s]+", re.IGNORECASE)

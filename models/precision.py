@@ -13,6 +13,8 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor, nn
 
+from models import attention
+
 
 class RMSNormKeepingFloat64(RMSNorm):
     """diffusers' RMSNorm, whose variance is float32 for every input dtype but float64."""
@@ -26,7 +28,11 @@ class RMSNormKeepingFloat64(RMSNorm):
 
 
 class JointAttentionKeepingFloat64(QwenDoubleStreamAttnProcessor2_0):
-    """diffusers' joint attention of Qwen-Image, which rotates queries and keys in float32 unless they are float64."""
+    """diffusers' joint attention of Qwen-Image, which rotates queries and keys in float32 unless they are float64.
+
+    packing: of the joint sequence, for a flash kernel; it comes as an argument of the block, so that recomputation has
+    it too.
+    """
 
     # diffusers' Attention drops every keyword that this signature does not name, the mask included.
     def __call__(
@@ -37,13 +43,15 @@ class JointAttentionKeepingFloat64(QwenDoubleStreamAttnProcessor2_0):
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        packing: attention.Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         view = attn
         if hidden_states.dtype == torch.float64 and image_rotary_emb is not None:
             view, image_rotary_emb = _RotatingNorms(attn, *image_rotary_emb), None
-        result: tuple[Tensor, Tensor] = super().__call__(
-            view, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
-        )
+        with attention.given(packing):
+            result: tuple[Tensor, Tensor] = super().__call__(
+                view, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+            )
         return result
 
 

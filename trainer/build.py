@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
@@ -46,6 +47,7 @@ from trainer.signals import StopRequest
 from trainer.training_data import check_contents, check_latents, stored_null
 from trainer.updates import Updates
 
+log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", TextEncoder, LatentEncoder)
 ENCODER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -81,6 +83,7 @@ def build_run(
     backbone_class, model = plugin("model", config.model)
     backbone = backbone_class.from_folder(model.path, latents=model.latents, dtype=getattr(torch, model.dtype))
     engine_class, engine_options = plugin("engine", config.engine)
+    kernel = use_attention(backbone, model, engine_options.block_dtype, world.device)
     engine: Engine = engine_class(
         engine_options,
         backbone,
@@ -89,7 +92,7 @@ def build_run(
         objective.teacher,
         load=lambda module: module.load(model.path),
     )
-    metadata = certificate(config, world, order, steps)
+    metadata = {**certificate(config, world, order, steps), "attention": kernel}
     if objective.teacher == "frozen":
         metadata[frozen_teacher.KEY] = frozen_teacher.fingerprint(engine.parts())
     checkpoints = Checkpoints(open_checkpoints(config, folder.path), config.checkpoint, metadata)
@@ -140,6 +143,16 @@ def build_run(
         step=done.step,
         seconds=done.seconds,
     )
+
+
+def use_attention(backbone: Any, model: Any, block_dtype: str, device: torch.device) -> str:
+    """The kernel of model.attention, put in use; the log says which and why."""
+    if not hasattr(backbone, "use_attention"):
+        return "native"
+    dtype = getattr(torch, block_dtype if model.dtype == "float32" else model.dtype)
+    choice = backbone.use_attention(model.attention, device, dtype)
+    log.info("attention: %s (%s)", choice.name, choice.why)
+    return str(choice.name)
 
 
 def build_encoding(

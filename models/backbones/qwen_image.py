@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor, nn
 
+from models import attention
 from models import weights as weight_files
 from models.backbone import Conditioning
 from models.precision import keep_float64
@@ -33,6 +35,9 @@ class QwenImageOptions:
     """float32 | float64: parameters and times; float64 is for exactness checks."""
     encoder_dtype: str = "float32"
     """float32 | bfloat16: computation of the frozen text encoder and VAE."""
+    attention: str = "auto"
+    """auto | native | flash | flash3: PyTorch's attention, or flash-attn 2 or 3 with variable length (GPUs, bfloat16
+    blocks). auto takes the fastest that runs here; the log says which and why."""
 
 
 class QwenImage(TargetTime, QwenImageTransformer2DModel):
@@ -60,6 +65,7 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
         with torch.device("cpu"):
             self.pos_embed = QwenEmbedRope(theta=10000, axes_dim=list(self.config.axes_dims_rope), scale_rope=True)
         self.pixels_per_latent = pixels_per_latent
+        self._packs = False
         self.add_target_time()
         keep_float64(self)
         nn.Module.to(self, dtype)  # diffusers' own `to` warns about an empty list of float32 modules
@@ -91,6 +97,8 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
         parameters, so `weights` changes nothing here.
         """
         self._check(x_t, t, cond)
+        # Padding is masked, but not-a-number times zero would come through.
+        embeds = cond.embeds.masked_fill(~cond.mask[..., None], 0)
         dtype, patch = self.img_in.weight.dtype, self.config.patch_size
         rows, _, height, width = x_t.shape
         grid = (1, height // patch, width // patch)
@@ -98,13 +106,27 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
             # The mask goes in even when it is all ones: a row must not depend on the captions of the other rows.
             (tokens,) = super().forward(
                 hidden_states=pack(x_t, patch).to(dtype),
-                encoder_hidden_states=cond.embeds.to(dtype),
+                encoder_hidden_states=embeds.to(dtype),
                 encoder_hidden_states_mask=cond.mask,
                 timestep=t,
                 img_shapes=[[grid]] * rows,
+                attention_kwargs=self._packing(cond.mask, math.prod(grid)),
                 return_dict=False,
             )
         return unpack(tokens, patch, height, width).to(x_t.dtype)
+
+    def use_attention(self, requested: str, device: torch.device, dtype: torch.dtype) -> attention.Choice:
+        """Choose the kernel for blocks that compute in `dtype` on `device` (models/attention.py) and use it."""
+        choice = attention.choose(requested, device, dtype, self.config.attention_head_dim)
+        attention.use(self, choice.name)
+        self._packs = choice.name != "native"
+        return choice
+
+    def _packing(self, mask: Tensor, image_tokens: int) -> dict[str, attention.Packing] | None:
+        """Of the joint sequence [text, image], made once for all blocks of a pass."""
+        return (
+            {"packing": attention.pack(nn.functional.pad(mask, (0, image_tokens), value=True))} if self._packs else None
+        )
 
     def _check(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
         if cond.references:

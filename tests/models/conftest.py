@@ -1,9 +1,11 @@
 """The tiny pipeline folder, built once, and rows to push through its transformer."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from models import tiny
@@ -36,3 +38,10 @@ def rows() -> Rows:
     embeds = torch.randn(3, 5, 16, generator=generator)
     mask = torch.arange(5) < torch.tensor([[5], [3], [1]])
     return x_t, t, t * 0.25, Conditioning(embeds, mask)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from models import attention as kernels
 from trainer.health.findings import GREEN, RED, YELLOW, Finding
 
 BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -42,16 +42,22 @@ def attention(device: torch.device) -> Iterator[Finding]:
         yield Finding("attention", YELLOW, f"{value}; wrong: {names}", f"do not choose {names} on this machine")
     else:
         yield Finding("attention", GREEN, value)
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
-        yield _flash_attn(inputs)
+    for name in ("flash", "flash3"):
+        yield from _flash(name, inputs)
 
 
-def error(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor, Tensor], masked: bool) -> float:
-    """Largest relative error of the output and the three gradients against softmax attention in float64."""
+def error(
+    attend: Attend, inputs: tuple[Tensor, Tensor, Tensor, Tensor], masked: bool, real_alone: bool = False
+) -> float:
+    """Largest relative error of the output and the three gradients against softmax attention in float64.
+
+    real_alone: what comes out at masked places is nobody's and does not count.
+    """
     query, key, value, mask = inputs
     given = mask if masked else None
-    found = _with_gradients(lambda q, k, v: attend(q, k, v, given), query, key, value)
-    exact = _with_gradients(lambda q, k, v: _plain(q, k, v, given), query.double(), key.double(), value.double())
+    kept = mask.transpose(-1, -2) if masked and real_alone else torch.ones_like(mask[..., :1])
+    found = _with_gradients(lambda q, k, v: attend(q, k, v, given) * kept, query, key, value)
+    exact = _with_gradients(lambda q, k, v: _plain(q, k, v, given) * kept, query.double(), key.double(), value.double())
     pairs = zip(found, exact, strict=True)
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
@@ -72,20 +78,35 @@ def _by_kernel(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[list[str]
     return usable, wrong
 
 
-def _flash_attn(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Finding:
-    remedy = "build flash-attn against this PyTorch and CUDA, or uninstall it: model.attention falls back to PyTorch's"
+def _flash(name: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Iterator[Finding]:
+    """flash-attn as backbones call it, with padding; silent where it is not installed or nothing it could run on."""
+    query = inputs[0]
+    if not _runs_flash(query.device) or not kernels.installed(name):
+        return
+    label, instead = f"model.attention={name}", "until then set model.attention=native"
     try:
-        from flash_attn import flash_attn_func
+        kernels.choose(name, query.device, query.dtype, query.shape[-1])
+    except ValueError as refusal:
+        yield Finding(label, YELLOW, f"installed, but: {refusal}", "model.attention=auto does without it")
+        return
+    kernel = kernels.load_kernel(name)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            out: Tensor = flash_attn_func(*(tensor.transpose(1, 2) for tensor in (q, k, v)))
-            return out.transpose(1, 2)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        real = torch.ones_like(inputs[3])[:, 0, 0] if mask is None else mask[:, 0, 0]
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return kernels.attend(q, k, v, kernels.pack(real), kernel).transpose(1, 2)
 
-        off = error(attend, inputs, masked=False)
-    except (ImportError, RuntimeError) as failure:
-        return Finding("flash-attn", YELLOW, f"installed, but: {failure}", remedy)
-    level = GREEN if off <= BARS[inputs[0].dtype] else RED
-    return Finding("flash-attn", level, f"error {off:.1e}", "" if level == GREEN else remedy)
+    try:
+        off = max(error(attend, inputs, masked, real_alone=True) for masked in (False, True))
+    except RuntimeError as failure:
+        yield Finding(label, RED, f"fails: {str(failure).splitlines()[0]}", f"build it for this PyTorch; {instead}")
+        return
+    good = off <= BARS[query.dtype]
+    yield Finding(label, GREEN if good else RED, f"error {off:.1e}", "" if good else f"build it anew; {instead}")
+
+
+def _runs_flash(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,13 +21,6 @@ from tests.models.conftest import Rows
 
 def doubled(cond: Conditioning) -> Conditioning:
     return cond.to("cpu", torch.float64)
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_packing_is_the_pipelines() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from models import attention as kernels
+from tests.models.varlen import reference
 from trainer.health import attention
 from trainer.health.findings import GREEN, RED, YELLOW
 
@@ -31,6 +35,26 @@ def test_a_wrong_kernel_misses_the_bar(attend: attention.Attend) -> None:
     inputs = attention._inputs(CPU, torch.float32)
     assert attention.error(attention._plain, inputs, masked=True) < BAR
     assert attention.error(attend, inputs, masked=True) > 10 * BAR
+
+
+def _last_keys_dropped(q: Tensor, k: Tensor, v: Tensor, *lengths: object, **options: object) -> Tensor:
+    """What diffusers' own flash_varlen does to a row with padding in its middle."""
+    return reference(q, k, v.roll(1, 0), *lengths, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kernel", "level"), [(reference, GREEN), (_last_keys_dropped, RED)])
+def test_flash_attention_is_examined_as_backbones_call_it(
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor], level: str
+) -> None:
+    monkeypatch.setattr(kernels, "installed", lambda name: name == "flash")
+    monkeypatch.setattr(kernels, "choose", lambda *asked: kernels.Choice("flash", "for the test"))
+    monkeypatch.setattr(kernels, "load_kernel", lambda name: kernel)
+    inputs = attention._inputs(CPU, torch.float32)
+    assert list(attention._flash("flash", inputs)) == []  # nothing it could run on
+    monkeypatch.setattr(attention, "_runs_flash", lambda device: True)
+    found = list(attention._flash("flash", inputs))
+    assert [finding.level for finding in found] == [level]
+    assert found[0].check == "model.attention=flash"
 
 
 def test_what_pytorch_chooses_being_wrong_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
