@@ -181,6 +181,11 @@ def _data(config: Config) -> None:
         raise ValueError(f"data.small_buckets is {data.small_buckets!r}; choose refuse, repeat or drop")
 
 
+def _encoder(config: Config) -> None:
+    if config.encoder.latents not in ("mean", "sample"):
+        raise ValueError(f"encoder.latents is {config.encoder.latents!r}; choose mean or sample")
+
+
 def _optimizer(config: Config) -> None:
     if config.optimizer.name not in ("adamw", "adam", "radam", "adamw8bit"):
         raise ValueError(f"optimizer.name is {config.optimizer.name!r}; choose adamw, adam, radam or adamw8bit")
@@ -253,6 +258,7 @@ RULES = (
     _data,
     _checkpoint,
     _samplers,
+    _encoder,
     _optimizer,
     _schedule,
     _non_finite,

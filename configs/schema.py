@@ -68,6 +68,11 @@ class Encoder:
     """Longest caption [tokens]; longer ones are cut and counted."""
     null_prompt: str = "Generate an image."
     """Prompt of the null condition (method 3)."""
+    latents: str = "mean"
+    """mean | sample: latents are the mean of the VAE's posterior, or drawn from it anew in every step; references of
+    editing and precomputed latents are always the mean."""
+    tiling: bool = False
+    """Encode and decode images larger than the VAE's tile in overlapping tiles: less memory, slightly other latents."""
     shard: bool = False
     """Spread the text encoder and the VAE over all ranks and gather them for each call, instead of a copy on every rank:
     less GPU memory for more traffic."""

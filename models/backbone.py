@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from models.encoders.latents import LatentEncoder
+    from models.encoders.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,28 @@ class Backbone(Protocol):
     Velocity).
     """
 
+    masked_text: ClassVar[bool]
+    """Whether texts differ in length and a mask hides their padding; else all are of one length and read as a whole."""
+    text_width: int
+    """D of the conditions' embeds [B, S, D]."""
+    pooled_width: int | None
+    """P of their pooled text [B, P]; None: they have none."""
+    patch: int
+    """Edge of the square of latents behind one token."""
+    pixels_per_latent: int
+
+    @classmethod
+    def text_encoder(
+        cls, path: str | Path, device: torch.device | str, dtype: torch.dtype, max_tokens: int, null_prompt: str
+    ) -> TextEncoder:
+        """The text encoder that belongs to the backbone, from its model folder."""
+
+    @classmethod
+    def latent_encoder(
+        cls, path: str | Path, kind: str, device: torch.device | str, dtype: torch.dtype, latents: str, tiling: bool
+    ) -> LatentEncoder:
+        """Its VAE (kind: vae), or none (pixels); latents: mean | sample of the posterior; tiling: of large images."""
+
     def shard_units(self) -> Sequence[nn.Module]:
         """Modules that a sharding engine gathers one after the other; they compute in the engine's block dtype."""
 
@@ -111,8 +138,8 @@ class Backbone(Protocol):
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """Latent [C, H, W] of an image of (height, width) pixels."""
 
-    def load(self, path: str) -> None:
-        """Fill the (possibly sharded) parameters from a diffusers model folder."""
+    def load(self, path: str, seed: int = 0) -> None:
+        """Fill the (possibly sharded) parameters from a diffusers model folder; seed: of those that a base model lacks."""
 
     def export(self, path: str, state: dict[str, Tensor]) -> None:
         """Write a diffusers model folder from a full state dict."""

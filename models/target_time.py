@@ -1,8 +1,8 @@
-"""The second time embedding of TwinFlow, for every diffusers backbone that has a `time_text_embed`.
+"""The second time embedding of TwinFlow, for every diffusers backbone that embeds times in one module of its own.
 
-temb = E1(t) + (t - r) E2(r), with E1 the backbone's own embedding and E2 (`time_text_embed_2`, the published key name)
-a sibling of the same class that starts as its copy. Times lie in [-1, 1]; a negative time is a negative argument of the
-sinusoid: equal cosines, negated sines.
+temb = E1(t) + (t - r) E2(r), with E1 the backbone's own embedding and E2 its sibling of the same class, `<name of E1>_2`
+(the published key names). Times lie in [-1, 1]; a negative time is a negative argument of the sinusoid: equal cosines,
+negated sines. At t = r the sum is E1(t), bit for bit.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
-
-PREFIX = "time_text_embed."
-TARGET_PREFIX = "time_text_embed_2."
 
 
 class Sinusoid(Timesteps):
@@ -43,23 +40,30 @@ class Sinusoid(Timesteps):
 
 
 class TargetTime:
-    """Mixin of a transformer with a `time_text_embed(timestep, ...)` of its own, which calls it once per forward pass.
+    """Mixin of a transformer with a module E1(timestep, ...) of its own, which it calls once per forward pass and which
+    returns an embedding [B, D] or several.
 
     The times travel beside the forward arguments, because diffusers casts `timestep` to the activations' dtype and
     bfloat16 cannot tell .5003 from .5001. Hooks are bound methods, so a deep copy of the model gets its own.
     """
 
-    time_text_embed: nn.Module
-    time_text_embed_2: nn.Module
+    time_embedding: ClassVar[str] = "time_text_embed"
+    """Attribute that holds E1."""
+    time_scale: float = 1.0
+    """What E1 takes for the time 1."""
     _times: tuple[Tensor, Tensor] | None
 
     def add_target_time(self) -> None:
         """Create E2 as a copy of E1 and hook both into the forward pass; call once, at the end of __init__."""
-        self.time_text_embed.time_proj = Sinusoid.like(self.time_text_embed.time_proj)
-        self.time_text_embed_2 = copy.deepcopy(self.time_text_embed)
+        first = getattr(self, self.time_embedding)
+        for module in list(first.modules()):
+            for name, child in module.named_children():
+                if type(child) is Timesteps:
+                    setattr(module, name, Sinusoid.like(child))
+        setattr(self, f"{self.time_embedding}_2", copy.deepcopy(first))
         self._times = None
-        self.time_text_embed.register_forward_pre_hook(self._give_exact_time)
-        self.time_text_embed.register_forward_hook(self._add_second_embedding)
+        first.register_forward_pre_hook(self._give_exact_time)
+        first.register_forward_hook(self._add_second_embedding, with_kwargs=True)
 
     @contextmanager
     def times(self, t: Tensor, r: Tensor) -> Iterator[None]:
@@ -72,12 +76,17 @@ class TargetTime:
 
     def _give_exact_time(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         t, _ = self._exact_times()
-        return (t, *args[1:])
+        return (t * self.time_scale, *args[1:])
 
-    def _add_second_embedding(self, module: nn.Module, args: tuple[Any, ...], embedding: Tensor) -> Tensor:
+    def _add_second_embedding(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: Any
+    ) -> Tensor | tuple[Tensor, ...]:
         t, r = self._exact_times()
-        second = self.time_text_embed_2(r, *args[1:])
-        return (embedding + (t - r)[:, None] * second).to(embedding.dtype)
+        second = getattr(self, f"{self.time_embedding}_2")(r * self.time_scale, *args[1:], **kwargs)
+        gap = (t - r)[:, None]
+        if isinstance(first, Tensor):
+            return (first + gap * second).to(first.dtype)
+        return tuple((a + gap * b).to(a.dtype) for a, b in zip(first, second, strict=True))
 
     def _exact_times(self) -> tuple[Tensor, Tensor]:
         if self._times is None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
+Start = Callable[[str, tuple[int, ...]], Tensor]
+"""(name, shape) -> the whole tensor that a new parameter starts with, on the CPU and the same on all ranks."""
 
 
 class CheckpointError(RuntimeError):
@@ -62,11 +64,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str]) -> None:
+def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str | Start]) -> None:
     """Fill plain or sharded (DTensor, FlatPart) parameters in place, cast to their dtype.
 
-    derived: prefix -> source prefix of parameters that a base checkpoint does not have. Where *all* keys of such a
-    prefix are missing they become copies of their source; where they are present they are loaded like any other.
+    derived: prefix of parameters that a base checkpoint does not have -> the prefix of their source, or what makes them.
+    Where *all* keys of such a prefix are missing they start so; where they are present they are loaded like any other.
 
     Raises CheckpointError for every other missing, unexpected or misshapen key, before anything is changed.
     """
@@ -77,8 +79,8 @@ def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str]) -> No
         raise RuntimeError(f"parameters must be materialised (to_empty) before loading: {_some(unallocated)}")
     files = _files(folder)
     missing = set(targets) - set(files)
-    copies = {name: source for new, old in derived.items() for name, source in _absent(targets, missing, new, old)}
-    problems = [f"missing: {name}" for name in sorted(missing - set(copies))]
+    starts = {name: (new, start) for new, start in derived.items() for name in _absent(targets, missing, new)}
+    problems = [f"missing: {name}" for name in sorted(missing - set(starts))]
     problems += [f"unexpected: {name}" for name in sorted(set(files) - set(targets))]
     _refuse(folder, problems)
 
@@ -93,8 +95,11 @@ def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str]) -> No
         with _open(file) as reader:
             for name in names:
                 _fill(targets[name], reader.get_slice(name))
-    for name, source in copies.items():
-        _local(targets[name]).copy_(_local(targets[source]))
+    for name, (new, start) in starts.items():
+        if isinstance(start, str):
+            _local(targets[name]).copy_(_local(targets[start + name.removeprefix(new)]))
+        else:
+            _fill(targets[name], start(name, tuple(targets[name].shape)))
 
 
 def export(
@@ -157,12 +162,10 @@ def _files(folder: Path) -> dict[str, Path]:
     )
 
 
-def _absent(targets: Mapping[str, Any], missing: Set[str], new: str, old: str) -> Iterator[tuple[str, str]]:
-    """(name, source) of a derived prefix; nothing unless every one of its keys is missing."""
-    names = [name for name in targets if name.startswith(new)]
-    if missing >= set(names):
-        for name in names:
-            yield name, old + name.removeprefix(new)
+def _absent(targets: Mapping[str, Any], missing: Set[str], prefix: str) -> list[str]:
+    """Names under a derived prefix; none unless every one of its keys is missing."""
+    names = [name for name in targets if name.startswith(prefix)]
+    return names if missing >= set(names) else []
 
 
 def _misshapen(file: Path, targets: Mapping[str, Tensor | FlatPart]) -> list[str]:

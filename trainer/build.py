@@ -22,7 +22,8 @@ from data.loader import Loader
 from data.manifest import Manifest, read_manifest
 from data.order import Order
 from models.backbone import Backbone
-from models.encoders import LatentEncoder, TextEncoder
+from models.encoders.latents import LatentEncoder
+from models.encoders.text import TextEncoder
 from trainer.bad_samples import BadSamples
 from trainer.encoding import Encoding
 from trainer.engines.distributed import Agreement, World
@@ -90,7 +91,7 @@ def build_run(
         config.optimizer,
         config.ema,
         objective.teacher,
-        load=lambda module: module.load(model.path),
+        load=lambda module: module.load(model.path, config.run.seed),
     )
     metadata = {**certificate(config, world, order, steps), "attention": kernel}
     if objective.teacher == "frozen":
@@ -176,6 +177,7 @@ def build_encoding(
         device=world.device,
         needs_null=objective.needs_null,
         latent_shape=backbone.latent_shape,
+        seed=config.run.seed,
         stored_null=stored_null(config, manifest) if objective.needs_null else None,
         keeps_text=raw,
     )
@@ -191,20 +193,26 @@ def placed(config: Config, engine: Engine, build: Callable[[Config, torch.device
     if not config.encoder.shard:
         return build(config, device)
     encoder = build(config, torch.device("cpu"))
-    if (parts := encoder.shards()) is not None:
-        shard_frozen(*parts, mesh=getattr(engine, "mesh", None) or device_mesh(device))
+    mesh = getattr(engine, "mesh", None) or device_mesh(device)
+    for parts in encoder.shards():
+        shard_frozen(*parts, mesh=mesh)
     return encoder
 
 
 def text_encoder(config: Config, device: torch.device) -> TextEncoder:
-    model, encoder = plugin("model", config.model)[1], config.encoder
-    dtype = ENCODER_DTYPES[model.encoder_dtype]
-    return TextEncoder.from_folder(model.path, device, dtype, encoder.max_text_tokens, encoder.null_prompt)
+    backbone, model = plugin("model", config.model)
+    encoder, dtype = config.encoder, ENCODER_DTYPES[model.encoder_dtype]
+    made: TextEncoder = backbone.text_encoder(model.path, device, dtype, encoder.max_text_tokens, encoder.null_prompt)
+    return made
 
 
 def latent_encoder(config: Config, device: torch.device) -> LatentEncoder:
-    model = plugin("model", config.model)[1]
-    return LatentEncoder.from_folder(model.path, model.latents, device, ENCODER_DTYPES[model.encoder_dtype])
+    backbone, model = plugin("model", config.model)
+    encoder, dtype = config.encoder, ENCODER_DTYPES[model.encoder_dtype]
+    made: LatentEncoder = backbone.latent_encoder(
+        model.path, model.latents, device, dtype, encoder.latents, encoder.tiling
+    )
+    return made
 
 
 def build_loader(

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from data.batch import Batch, Embeddings, Precomputed
 from models.backbone import Conditioning
-from models.encoders import LatentEncoder, TextEncoder
+from models.encoders.latents import LatentEncoder
+from models.encoders.text import TextEncoder
+from trainer.objectives.random_streams import normals, purpose_id
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Encoding:
 
     needs_null: whether the objective evaluates the null condition; latent_shape: [C, H, W] of the latents of a bucket;
     stored_null: null condition that lies beside precomputed data, one row; keeps_text: whether the text encoder stays
-    after `keep_prompts`, because batches hold captions.
+    after `keep_prompts`, because batches hold captions; seed: of latents drawn from the VAE's posterior (law 2).
     """
 
     load_text: Callable[[], TextEncoder]
@@ -30,6 +32,7 @@ class Encoding:
     latent_shape: Callable[[tuple[int, int]], tuple[int, int, int]]
     stored_null: Conditioning | None = None
     keeps_text: bool = True
+    seed: int = 0
     _kept: dict[str, Conditioning] = field(default_factory=dict)
 
     @cached_property
@@ -62,7 +65,7 @@ class Encoding:
         if batch.precomputed is not None:
             x, references, cond, null = self._stored(batch.precomputed)
         else:
-            x = None if batch.pixels is None else self.latents.encode(batch.pixels)
+            x = None if batch.pixels is None else self.latents.encode(batch.pixels, self._noise(batch))
             references = () if batch.source_pixels is None else (self.latents.encode(batch.source_pixels),)
             cond, null = self._encoded(batch.captions), None
         if x is None:
@@ -87,6 +90,13 @@ class Encoding:
         for caption in unique:
             self._kept[caption] = self._encoded([caption]).to("cpu")
         self.__dict__.pop("text", None)
+
+    def _noise(self, batch: Batch) -> Tensor | None:
+        """Noise of the posterior's samples, a function of seed, step and row; None where latents are its mean."""
+        if not self.latents.samples:
+            return None
+        shape = self.latent_shape(batch.bucket)
+        return normals(self.seed, batch.step, purpose_id("latents"), batch.rows, shape, self.device)
 
     def _encoded(self, captions: Sequence[str]) -> Conditioning:
         return self.text.encode(captions).to(self.device, torch.float32)

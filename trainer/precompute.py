@@ -36,11 +36,12 @@ from data.shards import Options
 from data.store import Store, open_store, sole_writer
 from models import fingerprint
 from models.backbone import Conditioning
-from models.encoders import LatentEncoder, TextEncoder
+from models.encoders.latents import LatentEncoder
+from models.encoders.text import TextEncoder
 from trainer.build import latent_encoder, text_encoder
 from trainer.engines.distributed import World, process_group
 from trainer.plugins import plugin
-from trainer.training_data import NULL, latent_digest
+from trainer.training_data import NULL, latent_digest, refuse_samples
 
 _TIMEOUT_S = 7 * 86400.0
 """Ranks wait for the plan, and at the end for the slowest; torchrun ends them all when one dies."""
@@ -134,6 +135,8 @@ def described(config: Config, options: Options, text: TextEncoder, dtype: str) -
     channels, height, _ = backbone.latent_shape((options.resolution, options.resolution))
     assert {shape[0] for shape in shapes} == {channels}
     images = options.kind != "captions"
+    if images:
+        refuse_samples(config)
     return Encoded(
         dtype=dtype,
         latent_kind=model.latents,

@@ -64,6 +64,7 @@ def check_encoders(config: Config, encoded: Encoded, where: str) -> None:
         ("text encoder", encoded.text, _digest(model["path"], fingerprint.TEXT)),
     ]
     if encoded.latents:
+        refuse_samples(config)
         pairs.append(("model.latents", encoded.latent_kind, model["latents"]))
         pairs.append(("VAE", encoded.latents, latent_digest(model["path"], model["latents"])))
     wrong = [f"{name} {made!r:.20} there, {own!r:.20} here" for name, made, own in pairs if own not in (made, None)]
@@ -71,6 +72,15 @@ def check_encoders(config: Config, encoded: Encoded, where: str) -> None:
         raise ValueError(
             f"{where} was precomputed with other encoders than this run has: {'; '.join(wrong)}. Train with the model "
             "folder and the encoder section that it was packed with, or pack it again (data pack --precompute)"
+        )
+
+
+def refuse_samples(config: Config) -> None:
+    """Raises ValueError where latents are to be drawn anew in every step: precomputed ones are made once."""
+    if config.encoder.latents == "sample":
+        raise ValueError(
+            "encoder.latents=sample draws latents anew in every step, which precomputed latents cannot be; set "
+            "encoder.latents=mean, or train on images"
         )
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,37 +13,31 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor, nn
 
 from models import attention
-from models import weights as weight_files
 from models.backbone import Conditioning
+from models.encoders.qwen_image import QwenImageLatents, QwenImageText
 from models.precision import keep_float64
-from models.target_time import PREFIX, TARGET_PREFIX, TargetTime
+from models.transformer import TransformerBackbone, TransformerOptions
 
-LATENT_KINDS = ("vae", "pixels")
 SINUSOID = 256  # features of a time
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 @dataclass
-class QwenImageOptions:
-    path: str | None = None
-    """Diffusers model folder with transformer/, text_encoder/, tokenizer/ and vae/."""
-    latents: str = "vae"
-    """vae | pixels: what the transformer generates; pixels are for small demonstration images only."""
-    dtype: str = "float32"
-    """float32 | float64: parameters and times; float64 is for exactness checks."""
-    encoder_dtype: str = "float32"
-    """float32 | bfloat16: computation of the frozen text encoder and VAE."""
+class QwenImageOptions(TransformerOptions):
     attention: str = "auto"
     """auto | native | flash | flash3: PyTorch's attention, or flash-attn 2 or 3 with variable length (GPUs, bfloat16
     blocks). auto takes the fastest that runs here; the log says which and why."""
 
 
-class QwenImage(TargetTime, QwenImageTransformer2DModel):
+class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
     """Backbone over diffusers' QwenImageTransformer2DModel; parameter names are its own plus `time_text_embed_2.*`.
 
     config: the transformer's config.json. pixels_per_latent: edge of the square of pixels behind one latent (8 for the
     Qwen-Image VAE, 1 for pixels). On device "meta" nothing is allocated; materialise with `to_empty`, then `load`.
     """
+
+    family, class_name = "Qwen-Image", "QwenImageTransformer2DModel"
+    text_class, latents_class = QwenImageText, QwenImageLatents
 
     def __init__(
         self,
@@ -55,12 +47,8 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        config = {key: value for key, value in config.items() if not key.startswith("_")}
-        refused = [key for key in UNSUPPORTED if config.get(key)]
-        if refused:
-            raise ValueError(f"Qwen-Image transformers with {' and '.join(refused)} are not supported")
         with torch.device(device):
-            super().__init__(**config)
+            super().__init__(**self._arguments(config, UNSUPPORTED))
         # The rotary tables are plain attributes: to_empty() would not bring them back from the meta device.
         with torch.device("cpu"):
             self.pos_embed = QwenEmbedRope(theta=10000, axes_dim=list(self.config.axes_dims_rope), scale_rope=True)
@@ -71,22 +59,16 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
         nn.Module.to(self, dtype)  # diffusers' own `to` warns about an empty list of float32 modules
 
     @classmethod
-    def from_folder(
-        cls,
-        path: str | Path,
-        *,
-        latents: str = "vae",
-        device: torch.device | str = "meta",
-        dtype: torch.dtype = torch.float32,
-    ) -> QwenImage:
-        """The architecture of a diffusers model folder, without its weights (see `load`)."""
-        if latents not in LATENT_KINDS:
-            raise ValueError(f"model.latents={latents!r} is unknown; choose one of {', '.join(LATENT_KINDS)}")
-        config = _read_config(weight_files.component(path, "transformer"))
-        scale = 1
-        if latents == "vae":
-            scale = 2 ** len(_read_config(Path(path) / "vae")["temperal_downsample"])
-        return cls(config, pixels_per_latent=scale, device=device, dtype=dtype)
+    def vae_shape(cls, config: Mapping[str, Any]) -> tuple[int, int]:
+        return config["z_dim"], 2 ** len(config["temperal_downsample"])
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.out_channels)
+
+    @property
+    def text_width(self) -> int:
+        return int(self.config.joint_attention_dim)
 
     def forward(
         self, x_t: Tensor, t: Tensor, r: Tensor | None, cond: Conditioning, weights: Tensor | None = None
@@ -99,7 +81,7 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
         self._check(x_t, t, cond)
         # Padding is masked, but not-a-number times zero would come through.
         embeds = cond.embeds.masked_fill(~cond.mask[..., None], 0)
-        dtype, patch = self.img_in.weight.dtype, self.config.patch_size
+        dtype, patch = self.img_in.weight.dtype, self.patch
         rows, _, height, width = x_t.shape
         grid = (1, height // patch, width // patch)
         with self.times(t, t if r is None else r):
@@ -131,21 +113,7 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
     def _check(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
         if cond.references:
             raise NotImplementedError("reference latents (image editing) are not supported by this Qwen-Image backbone")
-        rows, channels, height, width = x_t.shape
-        patch = self.config.patch_size
-        if channels != self.out_channels or height % patch or width % patch:
-            raise ValueError(
-                f"latents of shape {tuple(x_t.shape)} do not fit this transformer: it takes {self.out_channels} "
-                f"channels and a height and width divisible by {patch}"
-            )
-        if len(cond) != rows or t.shape != (rows,):
-            raise ValueError(f"{rows} latents came with {len(cond)} conditions and times of shape {tuple(t.shape)}")
-
-    def shard_units(self) -> Sequence[nn.Module]:
-        return list(self.transformer_blocks)
-
-    def checkpoint_units(self) -> Sequence[str]:
-        return [f"transformer_blocks.{index}" for index in range(len(self.transformer_blocks))]
+        super()._check(x_t, t, cond)
 
     def chained_inputs(self) -> Sequence[str]:
         return ("encoder_hidden_states", "hidden_states")
@@ -155,10 +123,6 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
         last = f"transformer_blocks.{len(self.transformer_blocks) - 1}."
         idle = (f"{last}attn.to_add_out.", f"{last}txt_mlp.")
         return [name for name, _ in self.named_parameters() if name.startswith(idle)]
-
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        """Image tokens of a latent [..., H, W]: one for each patch."""
-        return latent_shape[-2] * latent_shape[-1] // self.config.patch_size**2
 
     def flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """Matrix products and attention of one forward pass; tokens: image tokens (patches) of a row."""
@@ -187,22 +151,6 @@ class QwenImage(TargetTime, QwenImageTransformer2DModel):
         block += 2 * joint**2 * width  # scores and weighted sum
         return 2 * batch * len(self.transformer_blocks) * block
 
-    def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
-        step = self.pixels_per_latent * self.config.patch_size
-        if any(edge <= 0 or edge % step for edge in resolution):
-            raise ValueError(f"resolution {resolution[0]}x{resolution[1]} [pixels] must be multiples of {step}")
-        height, width = (edge // self.pixels_per_latent for edge in resolution)
-        return self.out_channels, height, width
-
-    def load(self, path: str) -> None:
-        """Fill the parameters from a diffusers folder; a base checkpoint's target-time embedding starts as a copy."""
-        weight_files.load(self, weight_files.component(path, "transformer"), {TARGET_PREFIX: PREFIX})
-
-    def export(self, path: str, state: dict[str, Tensor]) -> None:
-        config = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        expected = {name for name, _ in weight_files.named_tensors(self)}
-        weight_files.export(path, state, "QwenImageTransformer2DModel", config, expected)
-
 
 def pack(latents: Tensor, patch: int) -> Tensor:
     """Latents [B, C, H, W] -> tokens [B, H W / patch^2, C patch^2], in the order of QwenImagePipeline._pack_latents."""
@@ -215,11 +163,3 @@ def unpack(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     """Inverse of `pack`."""
     blocks = tokens.unflatten(1, (height // patch, width // patch)).unflatten(3, (-1, patch, patch))
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; model.path must be a diffusers Qwen-Image model folder")
-    config: dict[str, Any] = json.loads(file.read_text())
-    return config

@@ -24,6 +24,7 @@ from pathlib import Path
 from data.index import parse_index
 from data.manifest import read_manifest
 from models import tiny
+from models.tiny_pipelines.prompts import CAPTIONS
 from tests.data.pictures import body, picture
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def make_sets(folder: Path, environment: dict[str, str]) -> None:
         source.mkdir()
         for n in range(samples):
             (source / f"{n:03d}.png").write_bytes(body(picture(8, 8, n).convert("L")))
-            (source / f"{n:03d}.txt").write_text(tiny.CAPTIONS[n % 10])
+            (source / f"{n:03d}.txt").write_text(CAPTIONS[n % 10])
         options = ("--name", name, "--resolution", "8", "--bucket-step", "8", "--channels", "1", "--workers", "0")
         command = [sys.executable, "-m", "data.pack", str(source), str(folder / name), *options, "--shard-mb", "0.04"]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)

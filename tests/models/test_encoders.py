@@ -1,6 +1,7 @@
 """Encoders: the pipeline's prompts, the constant null condition, normalised latents."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,23 +9,24 @@ from diffusers import QwenImagePipeline
 
 from models.backbone import Conditioning
 from models.backbones.qwen_image import QwenImage
-from models.encoders import LatentEncoder, TextEncoder
+from models.encoders.latents import LatentEncoder
+from models.encoders.qwen_image import QwenImageLatents, QwenImageText
 
 NULL = "Generate an image."
 
 
 @pytest.fixture(scope="module")
-def text(folder: Path) -> TextEncoder:
-    return TextEncoder.from_folder(folder, "cpu", torch.float32, 64, NULL)
+def text(folder: Path) -> QwenImageText:
+    return QwenImageText.from_folder(folder, "cpu", torch.float32, 64, NULL)
 
 
 @pytest.fixture(scope="module")
 def latents(folder: Path) -> LatentEncoder:
-    return LatentEncoder.from_folder(folder, "vae", "cpu", torch.float32)
+    return QwenImageLatents.from_folder(folder, "vae", "cpu", torch.float32)
 
 
 @torch.no_grad()
-def test_conditions_are_the_pipelines(folder: Path, text: TextEncoder) -> None:
+def test_conditions_are_the_pipelines(folder: Path, text: QwenImageText) -> None:
     pipeline = QwenImagePipeline.from_pretrained(folder, local_files_only=True)
     captions = ["a handwritten seven", "a handwritten two, in grey on a very dark wall"]
     embeds, mask = pipeline.encode_prompt(captions, device="cpu")
@@ -34,13 +36,13 @@ def test_conditions_are_the_pipelines(folder: Path, text: TextEncoder) -> None:
     assert not cond.mask.all()
 
 
-def test_mask_is_boolean_even_without_padding(text: TextEncoder) -> None:
+def test_mask_is_boolean_even_without_padding(text: QwenImageText) -> None:
     cond = text.encode(["a handwritten one"])
     assert cond.mask.dtype == torch.bool
     assert cond.mask.all()
 
 
-def test_equal_captions_are_encoded_once(text: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_captions_are_encoded_once(text: QwenImageText, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     encode = text.pipeline.encode_prompt
     monkeypatch.setattr(text.pipeline, "encode_prompt", lambda p, **kw: (asked.append(p), encode(p, **kw))[1])
@@ -50,7 +52,9 @@ def test_equal_captions_are_encoded_once(text: TextEncoder, monkeypatch: pytest.
     assert not torch.equal(cond.embeds[0], cond.embeds[1])
 
 
-def test_null_condition_is_encoded_once_and_joins_captions(text: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_null_condition_is_encoded_once_and_joins_captions(
+    text: QwenImageText, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = text.null()
     monkeypatch.setattr(text.pipeline, "encode_prompt", None)
     assert text.null() is first
@@ -61,21 +65,21 @@ def test_null_condition_is_encoded_once_and_joins_captions(text: TextEncoder, mo
     assert joined.mask.sum(dim=1).tolist() == [8, 9, 9]
 
 
-def test_long_captions_are_cut_and_counted(folder: Path, text: TextEncoder) -> None:
-    short = TextEncoder(text.pipeline, 8, NULL)
+def test_long_captions_are_cut_and_counted(folder: Path, text: QwenImageText) -> None:
+    short = QwenImageText(text.pipeline, 8, NULL)
     try:
         cond = short.encode(["a handwritten one", "a handwritten one , one", "a handwritten one , one"])
         assert cond.embeds.shape[1] == 8
         assert short.truncated == 2
-        whole = TextEncoder(text.pipeline, 64, NULL).encode(["a handwritten one , one"])
+        whole = QwenImageText(text.pipeline, 64, NULL).encode(["a handwritten one , one"])
         torch.testing.assert_close(cond.embeds[1], whole.embeds[0, :8], rtol=0, atol=1e-5)
     finally:
         text.pipeline.tokenizer_max_length = text.max_tokens + 1
     with pytest.raises(ValueError, match=r"encoder\.max_text_tokens"):
-        TextEncoder(text.pipeline, 2000, NULL)
+        QwenImageText(text.pipeline, 2000, NULL)
 
 
-def test_encoders_are_frozen(text: TextEncoder, latents: LatentEncoder) -> None:
+def test_encoders_are_frozen(text: QwenImageText, latents: LatentEncoder) -> None:
     for model in (text.pipeline.text_encoder, latents.vae):
         assert model is not None
         assert not model.training
@@ -99,17 +103,45 @@ def test_latents_are_the_posterior_mean_normalised_per_channel(latents: LatentEn
     assert torch.equal(latents.encode(pixels[1:]), encoded[1:])
 
 
+@torch.no_grad()
+def test_latents_can_be_drawn_from_the_posterior(folder: Path, latents: LatentEncoder) -> None:
+    drawn = QwenImageLatents.from_folder(folder, "vae", "cpu", torch.float32, latents="sample")
+    assert drawn.samples and not latents.samples
+    pixels, noise = torch.rand(2, 3, 32, 48) * 2 - 1, torch.randn(2, 4, 4, 6)
+    vae: Any = drawn.vae
+    deviation = vae.encode(pixels[:, :, None]).latent_dist.std[:, :, 0]
+    scale = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1)
+    expected = latents.encode(pixels) + deviation * noise / scale
+    torch.testing.assert_close(drawn.encode(pixels, noise), expected, rtol=0, atol=1e-5)
+    assert (expected - latents.encode(pixels)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="choose mean or sample"):
+        QwenImageLatents.from_folder(folder, "vae", "cpu", torch.float32, latents="median")
+
+
+@torch.no_grad()
+def test_large_images_can_go_through_the_vae_in_tiles(folder: Path, latents: LatentEncoder) -> None:
+    tiled = QwenImageLatents.from_folder(folder, "vae", "cpu", torch.float32, tiling=True)
+    vae: Any = tiled.vae
+    vae.enable_tiling(32, 32, 24, 24)
+    seen: list[int] = []
+    vae.encoder.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[-1]))
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    encoded = tiled.encode(pixels)
+    assert encoded.shape == latents.encode(pixels).shape and max(seen) == 32
+    assert tiled.decode(encoded).shape == pixels.shape
+
+
 def test_pixel_latents_are_the_pixels(folder: Path) -> None:
-    encoder = LatentEncoder.from_folder(folder, "pixels", "cpu", torch.float32)
+    encoder = QwenImageLatents.from_folder(folder, "pixels", "cpu", torch.float32)
     pixels = torch.randn(2, 1, 8, 8)
     assert torch.equal(encoder.decode(encoder.encode(pixels)), pixels)
     with pytest.raises(ValueError, match="choose vae or pixels"):
-        LatentEncoder.from_folder(folder, "wavelets", "cpu", torch.float32)
+        QwenImageLatents.from_folder(folder, "wavelets", "cpu", torch.float32)
 
 
 @torch.no_grad()
 def test_whole_chain_from_caption_and_pixels_to_a_one_step_image(
-    folder: Path, text: TextEncoder, latents: LatentEncoder, backbone: QwenImage
+    folder: Path, text: QwenImageText, latents: LatentEncoder, backbone: QwenImage
 ) -> None:
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     x = latents.encode(pixels)
@@ -125,6 +157,6 @@ def test_whole_chain_from_caption_and_pixels_to_a_one_step_image(
 
 def test_missing_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"tokenizer.*model\.path"):
-        TextEncoder.from_folder(tmp_path, "cpu", torch.float32, 8, NULL)
+        QwenImageText.from_folder(tmp_path, "cpu", torch.float32, 8, NULL)
     with pytest.raises(FileNotFoundError, match=r"vae.*model\.path"):
-        LatentEncoder.from_folder(tmp_path, "vae", "cpu", torch.float32)
+        QwenImageLatents.from_folder(tmp_path, "vae", "cpu", torch.float32)

@@ -8,7 +8,9 @@ from diffusers import DiffusionPipeline
 
 from models import tiny
 from models.backbones.qwen_image import QwenImage
-from models.encoders import TextEncoder
+from models.encoders.qwen_image import QwenImageText
+from models.tiny_pipelines.prompts import CAPTIONS
+from models.tiny_pipelines.qwen_image import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def test_existing_folder_is_kept_or_refused(digits: Path, capsys: pytest.Capture
 
 
 def test_digit_captions_are_few_tokens_far_apart(digits: Path) -> None:
-    encoder = TextEncoder.from_folder(digits, "cpu", torch.float32, 512, "Generate an image.")
-    cond = encoder.encode(tiny.CAPTIONS)
+    encoder = QwenImageText.from_folder(digits, "cpu", torch.float32, 512, "Generate an image.")
+    cond = encoder.encode(CAPTIONS)
     assert cond.mask.all()
     assert cond.embeds.shape == (10, 8, 64)
     flat = cond.embeds.flatten(1)
@@ -64,7 +66,7 @@ def test_digits_transformer_takes_small_grey_pixels(digits: Path) -> None:
 
 
 def test_tokenizer_reads_text_it_was_not_trained_on() -> None:
-    words = tiny.tokenizer()
+    words = tokenizer()
     sentence = "Zürich, 8 km: ¡olé! \n 数字"
     assert words.decode(words(sentence)["input_ids"]) == sentence
 

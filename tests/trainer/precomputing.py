@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import load
-from models import tiny
+from models.tiny_pipelines.prompts import CAPTIONS
 from tests.data.pictures import body, picture
 
 SMOKE = Path(__file__).parents[2] / "configs/smoke.yaml"
@@ -21,7 +21,7 @@ def write_pictures(folder: Path, count: int, several: bool = False) -> Path:
     rows = []
     for n in range(count):
         (folder / f"{n}.png").write_bytes(body(picture(32, 32, n)))
-        captions = [tiny.CAPTIONS[n % 10], tiny.CAPTIONS[(n + 5) % 10]]
+        captions = [CAPTIONS[n % 10], CAPTIONS[(n + 5) % 10]]
         rows.append({"file_name": f"{n}.png", "captions": captions if several else captions[:1]})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from data.order import Order
 from data.pack import main as pack_main
 from data.verify import verify
 from models import tiny
+from models.tiny_pipelines.prompts import CAPTIONS
 from tests.data.pictures import body, contents, picture
 from tests.ranks import run_ranks
 from tests.trainer.precomputing import PACK, SMOKE, settings, train_here, write_pictures
@@ -56,8 +58,8 @@ def batches(folder: Path, size: int = 8) -> list[Any]:
     return list(Loader(order, manifest, steps=order.steps_through(0)))
 
 
-def encoding(folder: Path, manifest: Path, needs_null: bool = True) -> Encoding:
-    config = load.load([SMOKE], settings(folder / "model", manifest, folder / "run"))
+def encoding(folder: Path, manifest: Path, needs_null: bool = True, **more: Any) -> Encoding:
+    config = load.load([SMOKE], settings(folder / "model", manifest, folder / "run", **more))
     return Encoding(
         lambda: text_encoder(config, CPU),
         lambda: latent_encoder(config, CPU),
@@ -152,7 +154,7 @@ def test_edits_hold_reference_latents_and_their_own_null_condition(folder: Path)
     for n in range(4):
         (source / f"{n}.png").write_bytes(body(picture(32, 32, n)))
         (source / f"{n}.source.png").write_bytes(body(picture(16, 64, 50 + n)))
-        (source / f"{n}.txt").write_text(tiny.CAPTIONS[n])
+        (source / f"{n}.txt").write_text(CAPTIONS[n])
     wide = ("--kind", "edits", "--max-aspect", "4")
     assert pack_main([str(source), str(folder / "edits-plain"), *PACK, *wide]) == 0
     assert precompute.main(command(folder, "edits", "edits-made", *wide)) == 0
@@ -172,7 +174,7 @@ def test_edits_hold_reference_latents_and_their_own_null_condition(folder: Path)
 
 
 def test_captions_alone_become_zeros_of_the_latent_shape(folder: Path) -> None:
-    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in tiny.CAPTIONS))
+    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in CAPTIONS))
     prompts = str(folder / "prompts.txt")
     assert pack_main([prompts, str(folder / "prompts"), *PACK, "--kind", "captions"]) == 0
     assert precompute.main(command(folder, "prompts.txt", "prompts-made", "--kind", "captions")) == 0
@@ -199,6 +201,25 @@ def test_other_encoders_are_refused_by_name(folder: Path, more: dict[str, Any], 
     config = config_with(folder, "made", **more)
     with pytest.raises(ValueError, match=rf"made was precomputed with other encoders .*{message}.*pack it again"):
         check_contents(config, read_data(config))
+
+
+def test_latents_drawn_in_every_step_are_refused_where_they_are_stored(folder: Path) -> None:
+    config = config_with(folder, "made", encoder__latents="sample")
+    with pytest.raises(ValueError, match=r"set encoder\.latents=mean, or train on images"):
+        check_contents(config, read_data(config))
+
+
+def test_drawn_latents_are_a_function_of_step_and_row(folder: Path) -> None:
+    mean = encoding(folder, folder / "plain", needs_null=False)
+    drawn = encoding(folder, folder / "plain", needs_null=False, encoder__latents="sample")
+    first, second = batches(folder / "plain", 4)[:2]
+    x, _, _ = drawn.encode(first)
+    assert torch.equal(drawn.encode(first)[0], x)
+    assert (x - mean.encode(first)[0]).abs().max() > 1e-2
+    half = replace(first, rows=first.rows[2:], pixels=first.pixels[2:], captions=first.captions[2:])
+    torch.testing.assert_close(drawn.encode(half)[0], x[2:], rtol=0, atol=1e-5)
+    again = replace(first, step=second.step)
+    assert (drawn.encode(again)[0] - x).abs().max() > 1e-2
 
 
 def test_other_weights_of_the_same_encoder_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -231,7 +252,7 @@ def test_training_on_precomputed_shards_loads_no_encoder_and_has_the_same_losses
 
 @pytest.mark.slow
 def test_data_free_training_needs_an_image_free_objective(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("".join(f"{caption}\n" for caption in tiny.CAPTIONS))
+    (tmp_path / "prompts.txt").write_text("".join(f"{caption}\n" for caption in CAPTIONS))
     assert pack_main([str(tmp_path / "prompts.txt"), str(tmp_path / "set"), *PACK, "--kind", "captions"]) == 0
     refused = settings(folder / "model", tmp_path / "set", tmp_path / "refused/run")
     code, _, message = run_ranks(train_here, 1, refused, timeout=200)[0]

@@ -12,7 +12,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from models import tiny
-from models.encoders import LatentEncoder, TextEncoder
+from models.encoders.latents import LatentEncoder
+from models.encoders.qwen_image import QwenImageLatents, QwenImageText
+from models.encoders.text import TextEncoder
 from tests.ranks import run_ranks
 from trainer.engines.frozen import shard_frozen
 from trainer.engines.sharding import device_mesh
@@ -30,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _encoders(folder: Path) -> tuple[TextEncoder, LatentEncoder]:
-    text = TextEncoder.from_folder(folder, "cpu", torch.float32, 64, "Generate an image.")
-    return text, LatentEncoder.from_folder(folder, "vae", "cpu", torch.float32)
+    text = QwenImageText.from_folder(folder, "cpu", torch.float32, 64, "Generate an image.")
+    return text, QwenImageLatents.from_folder(folder, "vae", "cpu", torch.float32)
 
 
 def _results(text: TextEncoder, latents: LatentEncoder, rows: int) -> tuple[list[torch.Tensor], list[int]]:
@@ -58,9 +60,8 @@ def _sharded(folder: Path, replicate: int) -> dict[str, Any]:
     text, latents = _encoders(folder)
     mesh = device_mesh(CPU, replicate)
     for encoder in (text, latents):
-        parts = encoder.shards()
-        assert parts is not None
-        shard_frozen(*parts, mesh=mesh)
+        for parts in encoder.shards():
+            shard_frozen(*parts, mesh=mesh)
     first, counts = _results(text, latents, rows)
     again, _ = _results(text, latents, rows)
     held = sum(p.to_local().numel() for p in latents.vae.parameters())  # type: ignore[union-attr]

@@ -12,9 +12,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import tiny
 from models.backbone import Conditioning
 from models.backbones.qwen_image import QwenImage
+from models.tiny_pipelines.qwen_image import TRANSFORMERS
 from trainer.objectives.flow_matching import FlowMatching
 from trainer.objectives.objective import Nets, Rows
 from trainer.objectives.rcgm import RCGM
@@ -49,7 +49,7 @@ class PlainNets:
 
 def backbone(activation_checkpointing: bool = False) -> QwenImage:
     """A tiny transformer as an engine prepares it: idle parameters frozen, blocks recomputed if asked."""
-    model = QwenImage(tiny.TRANSFORMERS["pipeline"], pixels_per_latent=1)
+    model = QwenImage(TRANSFORMERS["pipeline"], pixels_per_latent=1)
     for name in model.idle_parameters():
         model.get_parameter(name).requires_grad_(False)
     for name in model.checkpoint_units() if activation_checkpointing else ():
