@@ -186,6 +186,11 @@ def _encoder(config: Config) -> None:
         raise ValueError(f"encoder.latents is {config.encoder.latents!r}; choose mean or sample")
 
 
+def _init_from(config: Config) -> None:
+    if config.init_from.weights not in ("ema", "online"):
+        raise ValueError(f"init_from.weights is {config.init_from.weights!r}; choose ema or online")
+
+
 def _optimizer(config: Config) -> None:
     if config.optimizer.name not in ("adamw", "adam", "radam", "adamw8bit"):
         raise ValueError(f"optimizer.name is {config.optimizer.name!r}; choose adamw, adam, radam or adamw8bit")
@@ -259,6 +264,7 @@ RULES = (
     _checkpoint,
     _samplers,
     _encoder,
+    _init_from,
     _optimizer,
     _schedule,
     _non_finite,

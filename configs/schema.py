@@ -79,6 +79,15 @@ class Encoder:
 
 
 @dataclass
+class InitFrom:
+    path: str | None = None
+    """Weights that a new run starts from in place of model.path's: a run's folder, one of its checkpoints, or a diffusers
+    folder (an export, a published TwinFlow checkpoint), on disk or s3://. The optimizer starts fresh."""
+    weights: str = "ema"
+    """ema | online: which weights of a run."""
+
+
+@dataclass
 class Guidance:
     scale: float | None = None
     """Effective guidance scale w of u + w (c - u) trained into the model; sets objective.enhanced_ratio. null: off, or
@@ -233,6 +242,7 @@ class Config:
     """Objective by name and its options (trainer/objectives/<name>.py)."""
     engine: dict[str, Any] = field(default_factory=lambda: {"name": "fsdp2"})
     """Sharding engine by name and its options (trainer/engines/<name>.py)."""
+    init_from: InitFrom = field(default_factory=InitFrom)
     guidance: Guidance = field(default_factory=Guidance)
     data: Data = field(default_factory=Data)
     encoder: Encoder = field(default_factory=Encoder)

@@ -50,6 +50,11 @@ def index_of(shard: Shard, folders: dict[str, Folder]) -> Object:
     return Object(folders[shard.folder], shard.index_name, shard.index_bytes, version=shard.index_sha256)
 
 
+def cache_folder(directory: str | Path | None) -> Path:
+    """data.cache_dir, or its default."""
+    return Path(directory or Path(tempfile.gettempdir()) / "twinflow-cache").expanduser().absolute()
+
+
 class ShardCache:
     """Files of remote folders on this node's disk, at most `max_bytes` of them; the least wanted leave first.
 
@@ -59,7 +64,7 @@ class ShardCache:
     """
 
     def __init__(self, directory: str | None, max_bytes: int, threads: int = 1) -> None:
-        self.directory = Path(directory or Path(tempfile.gettempdir()) / "twinflow-cache").expanduser().absolute()
+        self.directory = cache_folder(directory)
         self.max_bytes, self.threads = max_bytes, threads
 
     def open(self, folder: Folder, name: str, size: int, *, etag: str | None = None, version: str = "") -> BinaryIO:

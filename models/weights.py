@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,18 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield plain_name(name), tensor
 
 
+def flat_parts(model: nn.Module) -> dict[str, FlatPart]:
+    """What this process holds of every parameter, however it is cut, by its name without wrappers."""
+    parts = {}
+    for name, tensor in model.named_parameters():
+        if (part := getattr(tensor, "flat_part", None)) is None:
+            row = math.prod(tensor.shape[1:])
+            start = _first_row(tensor) * row if isinstance(tensor, DTensor) else 0
+            part = FlatPart(tuple(tensor.shape), start, _local(tensor).detach().view(-1))
+        parts[plain_name(name)] = part
+    return parts
+
+
 @torch.no_grad()
 def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str | Start]) -> None:
     """Fill plain or sharded (DTensor, FlatPart) parameters in place, cast to their dtype.
@@ -76,7 +88,7 @@ def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str | Start
     targets = {name: getattr(tensor, "flat_part", tensor) for name, tensor in named_tensors(model)}
     unallocated = [name for name, tensor in targets.items() if _local(tensor).is_meta]
     if unallocated:
-        raise RuntimeError(f"parameters must be materialised (to_empty) before loading: {_some(unallocated)}")
+        raise RuntimeError(f"parameters must be materialised (to_empty) before loading: {some(unallocated)}")
     files = _files(folder)
     missing = set(targets) - set(files)
     starts = {name: (new, start) for new, start in derived.items() for name in _absent(targets, missing, new)}
@@ -118,7 +130,7 @@ def export(
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another folder or remove it")
     if set(state) != set(expected):
-        raise ValueError(f"the state to export does not match the model: {_some(sorted(set(state) ^ set(expected)))}")
+        raise ValueError(f"the state to export does not match the model: {some(sorted(set(state) ^ set(expected)))}")
     staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
     staging.mkdir(parents=True)
     try:
@@ -152,7 +164,7 @@ def _files(folder: Path) -> dict[str, Path]:
         listed = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         lost = sorted({file.name for file in listed.values() if not file.is_file()})
         if lost:
-            raise CheckpointError(f"{folder} lacks files that its index lists: {_some(lost)}; fetch the model again")
+            raise CheckpointError(f"{folder} lacks files that its index lists: {some(lost)}; fetch the model again")
         return listed
     if single.is_file():
         with _open(single) as reader:
@@ -233,9 +245,10 @@ def _open(file: Path) -> Any:
 
 def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
-        raise CheckpointError(f"the weights in {folder} do not fit the model:\n  " + _some(problems, "\n  ", 20))
+        raise CheckpointError(f"the weights in {folder} do not fit the model:\n  " + some(problems, "\n  ", 20))
 
 
-def _some(items: list[str], separator: str = ", ", most: int = 5) -> str:
+def some(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    """The first `most` items, and how many more there are."""
     shown = separator.join(items[:most])
     return shown if len(items) <= most else f"{shown}{separator}and {len(items) - most} more"

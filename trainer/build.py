@@ -24,6 +24,7 @@ from data.order import Order
 from models.backbone import Backbone
 from models.encoders.latents import LatentEncoder
 from models.encoders.text import TextEncoder
+from trainer import initial_weights
 from trainer.bad_samples import BadSamples
 from trainer.encoding import Encoding
 from trainer.engines.distributed import Agreement, World
@@ -85,18 +86,19 @@ def build_run(
     backbone = backbone_class.from_folder(model.path, latents=model.latents, dtype=getattr(torch, model.dtype))
     engine_class, engine_options = plugin("engine", config.engine)
     kernel = use_attention(backbone, model, engine_options.block_dtype, world.device)
+    metadata = {**certificate(config, world, order, steps), "attention": kernel}
+    checkpoints = Checkpoints(open_checkpoints(config, folder.path), config.checkpoint, metadata)
+    resumes = checkpoints.newest() is not None
     engine: Engine = engine_class(
         engine_options,
         backbone,
         config.optimizer,
         config.ema,
         objective.teacher,
-        load=lambda module: module.load(model.path, config.run.seed),
+        load=initial_weights.loader(config, resumes, objective.teacher),
     )
-    metadata = {**certificate(config, world, order, steps), "attention": kernel}
     if objective.teacher == "frozen":
         metadata[frozen_teacher.KEY] = frozen_teacher.fingerprint(engine.parts())
-    checkpoints = Checkpoints(open_checkpoints(config, folder.path), config.checkpoint, metadata)
     done = checkpoints.resume(engine)
     if objective.teacher == "frozen":
         frozen_teacher.check(metadata[frozen_teacher.KEY], done.metadata.get(frozen_teacher.KEY), model.path)

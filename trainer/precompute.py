@@ -40,6 +40,7 @@ from models.encoders.latents import LatentEncoder
 from models.encoders.text import TextEncoder
 from trainer.build import latent_encoder, text_encoder
 from trainer.engines.distributed import World, process_group
+from trainer.model_folder import with_local_model
 from trainer.plugins import plugin
 from trainer.training_data import NULL, latent_digest, refuse_samples
 
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error(str(error))
     with process_group(_TIMEOUT_S) as world:
         try:
-            return precompute(config, given, world)
+            return precompute(with_local_model(config), given, world)
         except (DataError, ValueError, OSError) as error:
             code = 1
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from trainer.build import build_objective, build_order, build_run
 from trainer.engines.distributed import World, process_group
 from trainer.ledger import REPLACEMENTS
 from trainer.loop import PeerWithoutBatch, StepRefused, fit
+from trainer.model_folder import with_local_model
 from trainer.observe.tracking import NullTracker, Tracker, open_tracker
 from trainer.preflight import PreflightRefused, preflight
 from trainer.run import Run
@@ -95,6 +96,7 @@ def train(config: Config, world: World, stop: StopRequest, *, fresh: bool, allow
         for key, earlier, now in folder.changes:
             tracker.event("change", key=key, earlier=earlier, now=now)
             log.info("%s was %s and is %s from here on", key, earlier, now)
+        config = with_local_model(config)
         preflight(config, world, tracker)
         run = build_run(config, world, folder, manifest, order, objective, stop, tracker)
         if world.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from models.weights import plain_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,14 @@ def prepare_parameters(backbone: Any) -> None:
     unknown = [name for name in backbone.idle_parameters() if name not in parameters]
     if unknown:
         raise ValueError(f"idle_parameters of {type(backbone).__name__} names unknown parameters: {unknown[:5]}")
-    for name in backbone.idle_parameters():
-        parameters[name].requires_grad_(False)
+    idle = [parameters[name].requires_grad_(False) for name in backbone.idle_parameters()]
+    if idle:
+        log.info(
+            "frozen, since the loss does not depend on them: %d tensors, %.4g M parameters: %s",
+            len(idle),
+            sum(parameter.numel() for parameter in idle) / 1e6,
+            ", ".join(backbone.idle_parameters()[:8]) + (", ..." if len(idle) > 8 else ""),
+        )
     master = torch.float64 if all(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
     for parameter in parameters.values():
         parameter.data = parameter.data.to(master)

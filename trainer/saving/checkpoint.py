@@ -63,7 +63,7 @@ class Checkpoints:
     """The checkpoints of one run, in one place that all ranks share: a folder, an s3:// URL or a store.
 
     metadata: JSON values about the run, written into every certificate; rank 0's are. timeout_s: longest wait for
-    another rank's writing. save, finish, resume, write and read are collective: all ranks call them in the same order,
+    another rank's writing. save, finish, newest, resume, write and read are collective: all ranks call them in the same order,
     and where one fails all raise. Works without a process group too, as a world of one.
     """
 
@@ -129,7 +129,7 @@ class Checkpoints:
 
     def resume(self, engine: Engine) -> Progress:
         """Fill the engine from the newest complete checkpoint, the one that rank 0 sees; from none, start at 0."""
-        name = self._ranks.from_rank_0(self._ranks.together(lambda: self.latest() if self._ranks.rank == 0 else None))
+        name = self.newest()
         if name is None:
             return Progress(0, 0.0)
         certificate = self.read(name, engine.parts())
@@ -138,6 +138,10 @@ class Checkpoints:
         self._step = certificate.step
         seconds, bad = counters.get(SECONDS, 0.0), int(counters.get(BAD_SAMPLES, 0))
         return Progress(certificate.step, seconds, bad, counters, certificate.metadata)
+
+    def newest(self) -> str | None:
+        """Name of the newest complete checkpoint, the one that rank 0 sees; None where there is none. Collective."""
+        return self._ranks.from_rank_0(self._ranks.together(lambda: self.latest() if self._ranks.rank == 0 else None))
 
     def latest(self) -> str | None:
         """Name of the newest complete checkpoint that this process sees."""
