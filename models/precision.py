@@ -11,6 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import Tensor, nn
 
 from models import attention
@@ -55,30 +56,52 @@ class JointAttentionKeepingFloat64(QwenDoubleStreamAttnProcessor2_0):
         return result
 
 
+class SingleStreamAttentionKeepingFloat64(ZSingleStreamAttnProcessor):
+    """diffusers' attention of Z-Image, likewise."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        view = attn
+        if hidden_states.dtype == torch.float64 and freqs_cis is not None:
+            view, freqs_cis = _RotatingNorms(attn, freqs_cis), None
+        result: Tensor = super().__call__(view, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+        return result
+
+
 class _RotatingNorms:
     """View of an attention module whose query and key norms also apply the rotary embedding, in float64."""
 
-    def __init__(self, attn: Any, image_frequencies: Tensor, text_frequencies: Tensor):
+    def __init__(self, attn: Any, image_frequencies: Tensor, text_frequencies: Tensor | None = None):
         self._attn = attn
         self.norm_q = lambda query: rotate(attn.norm_q(query), image_frequencies)
         self.norm_k = lambda key: rotate(attn.norm_k(key), image_frequencies)
-        self.norm_added_q = lambda query: rotate(attn.norm_added_q(query), text_frequencies)
-        self.norm_added_k = lambda key: rotate(attn.norm_added_k(key), text_frequencies)
+        if text_frequencies is not None:
+            self.norm_added_q = lambda query: rotate(attn.norm_added_q(query), text_frequencies)
+            self.norm_added_k = lambda key: rotate(attn.norm_added_k(key), text_frequencies)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attn, name)
 
 
 def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotary embedding in the dtype of x: pairs of x [B, S, H, D] times unit complex numbers [S, D / 2]."""
+    """Rotary embedding in the dtype of x: pairs of x [B, S, H, D] times unit complex numbers [S, D / 2] of all rows, or
+    [B, S, D / 2]."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * frequencies.unsqueeze(1)).flatten(3)
+    return torch.view_as_real(pairs * frequencies.unsqueeze(-2)).flatten(3)
 
 
 def keep_float64(model: nn.Module) -> None:
-    """Install the float64 twins in a Qwen-Image transformer; parameter names stay."""
+    """Install the float64 twins in a diffusers transformer; parameter names stay."""
     for module in model.modules():
         if type(module) is RMSNorm:
             module.__class__ = RMSNormKeepingFloat64
         if isinstance(module, Attention) and type(module.processor) is QwenDoubleStreamAttnProcessor2_0:
             module.set_processor(JointAttentionKeepingFloat64())
+        if isinstance(module, Attention) and type(module.processor) is ZSingleStreamAttnProcessor:
+            module.set_processor(SingleStreamAttentionKeepingFloat64())

@@ -65,6 +65,10 @@ class TargetTime:
         first.register_forward_pre_hook(self._give_exact_time)
         first.register_forward_hook(self._add_second_embedding, with_kwargs=True)
 
+    def target_argument(self, t: Tensor, r: Tensor) -> Tensor:
+        """What E2 takes in the place of a time."""
+        return r * self.time_scale
+
     @contextmanager
     def times(self, t: Tensor, r: Tensor) -> Iterator[None]:
         """The forward pass inside the context is conditioned on times t and target times r, [B] each."""
@@ -82,7 +86,7 @@ class TargetTime:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: Any
     ) -> Tensor | tuple[Tensor, ...]:
         t, r = self._exact_times()
-        second = getattr(self, f"{self.time_embedding}_2")(r * self.time_scale, *args[1:], **kwargs)
+        second = getattr(self, f"{self.time_embedding}_2")(self.target_argument(t, r), *args[1:], **kwargs)
         gap = (t - r)[:, None]
         if isinstance(first, Tensor):
             return (first + gap * second).to(first.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,19 @@ Start = Callable[[str, tuple[int, ...]], Tensor]
 
 class CheckpointError(RuntimeError):
     """A weight folder that cannot be used, with what is wrong and where."""
+
+
+def normal_start(deviation: float, seed: int) -> Start:
+    """New weights ~ N(0, deviation^2), biases (one dimension) 0; numbers depend on the seed and the name alone."""
+
+    def start(name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) < 2:
+            return torch.zeros(shape)
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        return torch.randn(shape, generator=generator) * deviation
+
+    return start
 
 
 @dataclass(frozen=True)

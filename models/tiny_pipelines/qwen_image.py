@@ -76,7 +76,7 @@ def text_encoder(preset: str, words: Qwen2Tokenizer) -> Qwen2_5_VLForConditional
     """A random Qwen2.5-VL whose outputs tell the demo captions apart."""
     sizes = dict(TEXT_ENCODERS[preset])
     mrope_section = sizes.pop("mrope_section")
-    special = {name: words.convert_tokens_to_ids(token) for name, token in SPECIAL_IDS.items()}
+    special = special_ids(words)
     config = Qwen2_5_VLConfig(
         text_config={
             **sizes,
@@ -107,20 +107,29 @@ def tokenizer() -> Qwen2Tokenizer:
     The template before the caption is then 34 tokens long, as with the published vocabulary, and QwenImagePipeline
     drops exactly it.
     """
-    empty = Qwen2Tokenizer()
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = empty.backend_tokenizer.normalizer
-    bpe.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
     pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None)
     template = pipeline.prompt_template_encode
     for special in SPECIAL_TOKENS:
         template = template.replace(special, "\n")
+    return qwen_tokenizer([template.format(prompt) for prompt in PROMPTS])
+
+
+def qwen_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
+    """A byte-level BPE in which every word of the texts is one token."""
+    empty = Qwen2Tokenizer()
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = empty.backend_tokenizer.normalizer
+    bpe.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=1000, initial_alphabet=ByteLevel.alphabet(), min_frequency=1, show_progress=False
     )
-    bpe.train_from_iterator([template.format(prompt) for prompt in PROMPTS], trainer)
+    bpe.train_from_iterator(texts, trainer)
     described = json.loads(bpe.to_str())["model"]
     # vocab= and merges= are the names that transformers 5 reads; vocab_file= is accepted and yields no tokens.
     built = Qwen2Tokenizer(vocab=described["vocab"], merges=[tuple(pair) for pair in described["merges"]])
     built.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
     return built
+
+
+def special_ids(words: Qwen2Tokenizer) -> dict[str, int]:
+    return {name: words.convert_tokens_to_ids(token) for name, token in SPECIAL_IDS.items()}

@@ -1,17 +1,14 @@
 """Target time: exact at r = t, in force elsewhere, in the precision of the times whatever the parameters are."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor
 
 from models.backbones.qwen_image import QwenImage
 from models.target_time import Sinusoid
-from tests.models.conftest import Rows
 
 
 @torch.no_grad()
@@ -21,24 +18,6 @@ def embedding(model: QwenImage, t: Tensor, r: Tensor) -> Tensor:
         # The first argument is what diffusers hands over: a time cast to the activations' dtype.
         result: Tensor = model.time_text_embed(t.to(hidden.dtype), hidden)
     return result
-
-
-@torch.no_grad()
-def test_equal_times_give_the_diffusers_model_bit_for_bit(folder: Path, backbone: QwenImage, rows: Rows) -> None:
-    x_t, t, r, cond = rows
-    base = QwenImageTransformer2DModel.from_pretrained(folder / "transformer")
-    tokens = base(
-        hidden_states=QwenImagePipeline._pack_latents(x_t, 3, 4, 6, 8),
-        encoder_hidden_states=cond.embeds,
-        encoder_hidden_states_mask=cond.mask,
-        timestep=t,
-        img_shapes=[[(1, 3, 4)]] * 3,
-        return_dict=False,
-    )[0]
-    expected = QwenImagePipeline._unpack_latents(tokens, 6, 8, 1)[:, :, 0]
-    assert torch.equal(backbone(x_t, t, t, cond), expected)
-    assert torch.equal(backbone(x_t, t, None, cond), expected)
-    assert not torch.allclose(backbone(x_t, t, r, cond), expected, atol=1e-3)
 
 
 def test_embedding_is_the_published_sum(backbone: QwenImage) -> None:

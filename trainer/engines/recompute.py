@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,8 @@ def checkpoint_blocks(backbone: Any, every: int, group: int, keep: str) -> list[
     """Make every `every`-th group of `group` blocks recompute, in place; the shard units, one list per group.
 
     Blocks are the backbone's checkpoint units. With group > 1 the blocks of a recomputing group become one shard unit,
-    so that a recomputation finds all of its parameters gathered; other blocks stay units of their own.
+    so that a recomputation finds all of its parameters gathered; other blocks stay units of their own. No group holds
+    blocks of different lists.
 
     Raises:
         ValueError: group > 1 for a backbone whose shard units are not its checkpoint units, or no chain.
@@ -41,14 +43,21 @@ def checkpoint_blocks(backbone: Any, every: int, group: int, keep: str) -> list[
             f"{type(backbone).__name__} has not; set engine.checkpoint_group=1"
         )
     units: list[list[nn.Module]] = []
-    for index, begin in enumerate(range(0, len(blocks), group)):
-        chosen = blocks[begin : begin + group]
+    for index, chosen in enumerate(_groups(names, blocks, group)):
         if index % every:
             units += [[block] for block in chosen]
         else:
             _join(chosen, list(backbone.chained_inputs()), context)
             units.append(chosen)
     return units
+
+
+def _groups(names: Sequence[str], blocks: Sequence[nn.Module], size: int) -> Iterator[list[nn.Module]]:
+    """Blocks in groups of `size`; those of different lists, which hand on different things, never share one."""
+    for _, members in itertools.groupby(range(len(names)), key=lambda index: names[index].rpartition(".")[0]):
+        chain = [blocks[index] for index in members]
+        for begin in range(0, len(chain), size):
+            yield chain[begin : begin + size]
 
 
 def _join(blocks: Sequence[nn.Module], chained: Sequence[str], context: dict[str, Any]) -> None:

@@ -72,3 +72,19 @@ def test_groups_of_what_is_no_chain_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"Uneven has not; set engine\.checkpoint_group=1"):
         checkpoint_blocks(Uneven(), every=1, group=2, keep="nothing")
+
+
+def test_groups_end_where_a_list_of_blocks_ends() -> None:
+    """Blocks of different lists hand on different things: they are not one chain."""
+
+    class TwoLists(toy.ToyBackbone):
+        def checkpoint_units(self) -> Any:
+            return ["blocks.0", "blocks.1", "blocks.2", "more.0", "more.1"]
+
+        def shard_units(self) -> Any:
+            return [*self.blocks, *self.more]
+
+    model = TwoLists(blocks=3)
+    model.more = torch.nn.ModuleList([toy.ToyBlock(), toy.ToyBlock()])
+    units = checkpoint_blocks(model, every=1, group=2, keep="nothing")
+    assert [[model.shard_units().index(block) for block in unit] for unit in units] == [[0, 1], [2], [3, 4]]

@@ -1,0 +1,99 @@
+"""What the tests of every backbone need to know of one: its class, rows that try its masks, diffusers' own velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from torch import Tensor
+
+from models.backbone import Conditioning
+from models.backbones.qwen_image import QwenImage
+from models.backbones.z_image import ZImage
+
+Rows = tuple[Tensor, Tensor, Tensor, Conditioning]
+
+
+@dataclass(frozen=True)
+class Family:
+    """preset: of its tiny model; text: real text tokens of three rows; plain: the velocity at t of the diffusers model
+    in a folder, as its pipeline calls it; block: one whose output has the dtype of the blocks; root: modules outside the
+    blocks; idle: parameters without gradient; size,
+    second: parameters of the published transformer without E2, and of E2."""
+
+    backbone: Any
+    preset: str
+    text: tuple[int, int, int]
+    plain: Callable[[Path, Tensor, Tensor, Conditioning], Tensor]
+    block: str
+    root: tuple[str, ...]
+    idle: int
+    size: int
+    second: int
+
+    def load(self, folder: Path) -> Any:
+        model = self.backbone.from_folder(folder, device="cpu")
+        model.load(str(folder))
+        return model
+
+    def rows(self, model: Any) -> Rows:
+        """x_t, t, r and conditions of 3 rows; the first has the most text."""
+        generator = torch.Generator().manual_seed(1)
+        x_t = torch.randn(3, *model.latent_shape((48, 64)), generator=generator)
+        t = torch.tensor([0.9, 0.5, -0.3])
+        embeds = torch.randn(3, max(self.text), model.text_width, generator=generator)
+        mask = torch.arange(max(self.text)) < torch.tensor(self.text)[:, None]
+        return x_t, t, t * 0.25, Conditioning(embeds, mask)
+
+
+def _qwen_image(folder: Path, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    base = QwenImageTransformer2DModel.from_pretrained(folder / "transformer")
+    rows, channels, height, width = x_t.shape
+    tokens = base(
+        hidden_states=QwenImagePipeline._pack_latents(x_t, rows, channels, height, width),
+        encoder_hidden_states=cond.embeds,
+        encoder_hidden_states_mask=cond.mask,
+        timestep=t,
+        img_shapes=[[(1, height // 2, width // 2)]] * rows,
+        return_dict=False,
+    )[0]
+    velocity: Tensor = QwenImagePipeline._unpack_latents(tokens, height, width, 1)[:, :, 0]
+    return velocity
+
+
+def _z_image(folder: Path, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """Captions are a list of tensors without padding, the time runs from noise to data, and the output is x - z."""
+    base = ZImageTransformer2DModel.from_pretrained(folder / "transformer")
+    texts = [embeds[mask] for embeds, mask in zip(cond.embeds, cond.mask, strict=True)]
+    return -torch.stack(base(list(x_t.unsqueeze(2)), 1 - t, texts, return_dict=False)[0]).squeeze(2)
+
+
+FAMILIES = {
+    "qwen_image": Family(
+        QwenImage,
+        "pipeline",
+        (5, 3, 1),
+        _qwen_image,
+        "transformer_blocks.0.img_mlp",
+        ("time_text_embed", "time_text_embed_2", "img_in", "txt_in", "proj_out"),
+        idle=6,
+        size=20_430_401_088,
+        second=10_229_760,
+    ),
+    # Text is padded to multiples of 32 tokens that all are attended to: masks begin beyond.
+    "z_image": Family(
+        ZImage,
+        "z_image",
+        (45, 33, 1),
+        _z_image,
+        "layers.0.feed_forward",
+        ("t_embedder", "t_embedder_2", "all_x_embedder.2-1", "cap_embedder", "all_final_layer.2-1"),
+        idle=0,
+        size=6_154_908_736,
+        second=525_568,
+    ),
+}

@@ -1,0 +1,248 @@
+"""What holds for every backbone: times, masks, precision, gradients, sharding, cost, refusals."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.backbone import Conditioning
+from models.weights import CheckpointError
+from tests.models.backbones.families import FAMILIES, Family, Rows
+from trainer.engines.sharding import Layout, shard, sharded_parameters
+
+
+def recomputing(model: Any) -> Any:
+    """A copy whose checkpoint units recompute, as an engine arranges it."""
+    wrapped = copy.deepcopy(model)
+    for name in wrapped.checkpoint_units():
+        parent, _, child = name.rpartition(".")
+        wrapped.get_submodule(parent).register_module(child, checkpoint_wrapper(wrapped.get_submodule(name)))
+    return wrapped
+
+
+def gradients(model: Any, given: Rows) -> dict[str, Tensor | None]:
+    x_t, t, r, cond = given
+    model(x_t, t, r, cond).square().sum().backward()
+    return {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def test_equal_times_give_the_diffusers_model_bit_for_bit(family: Family, place: Path, model: Any, given: Rows) -> None:
+    x_t, t, r, cond = given
+    expected = family.plain(place, x_t, t, cond)
+    assert torch.equal(model(x_t, t, t, cond), expected)
+    assert torch.equal(model(x_t, t, None, cond), expected)
+    assert not torch.allclose(model(x_t, t, r, cond), expected, atol=1e-3)
+    # Captions of one length take another way through attention in some of them.
+    whole = Conditioning(cond.embeds, torch.ones_like(cond.mask))
+    assert torch.equal(model(x_t, t, t, whole), family.plain(place, x_t, t, whole))
+
+
+@torch.no_grad()
+def test_times_far_apart_and_of_either_sign_are_different_times(model: Any, given: Rows) -> None:
+    """Also at the ends, where published code confuses 0 with 1 and 1 with -1 (method 6.3)."""
+    x_t, _, _, cond = given
+    one = torch.ones(3)
+    outputs = [model(x_t, t * one, r * one, cond) for t, r in ((1, 0), (1, 1), (1, 0.5), (-1, -1), (0.4, 0.4))]
+    outputs += [model(x_t, -0.4 * one, -0.4 * one, cond), model(x_t, 0.4 * one, 0.39 * one, cond)]
+    for index, output in enumerate(outputs):
+        for other in outputs[:index]:
+            assert (output - other).abs().max() > 1e-4
+    assert torch.equal(model(x_t, 0 * one, 0 * one, cond), model(x_t, -0.0 * one, 0 * one, cond))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
+def test_padding_does_not_leak(model: Any, given: Rows, recompute: bool) -> None:
+    x_t, t, r, cond = given
+    model = recomputing(model) if recompute else model
+    velocity, expected = model(x_t, t, r, cond), gradients(copy.deepcopy(model), given)
+    poisoned = Conditioning(cond.embeds.masked_fill(~cond.mask[..., None], torch.nan), cond.mask)
+    assert torch.equal(model(x_t, t, r, poisoned), velocity)
+    for name, gradient in gradients(copy.deepcopy(model), (x_t, t, r, poisoned)).items():
+        assert gradient is expected[name] is None or torch.equal(gradient, expected[name]), name  # type: ignore[arg-type]
+    for row, length in enumerate(cond.mask.sum(dim=1).tolist()):
+        one = slice(row, row + 1)
+        alone = Conditioning(cond.embeds[one, :length], cond.mask[one, :length])
+        torch.testing.assert_close(model(x_t[one], t[one], r[one], alone), velocity[one], rtol=0, atol=2e-6)
+    unmasked = Conditioning(cond.embeds, torch.ones_like(cond.mask))
+    assert (model(x_t, t, r, unmasked)[1:] - velocity[1:]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+@torch.no_grad()
+def test_float64_model_is_exact_to_float64(model: Any, given: Rows) -> None:
+    """A second difference vanishes like h^2 = 1e-10, unless a cast to float32 on the way leaves its noise of 1e-7."""
+    x_t, t, r, cond = given
+    double = copy.deepcopy(model).double()
+    seen: set[torch.dtype] = set()
+    for module in double.modules():
+        module.register_forward_hook(lambda _m, _a, output: seen.update(x.dtype for x in tensors(output)))
+    of_double = cond.to("cpu", torch.float64)
+    exact = double(x_t.double(), t.double(), r.double(), of_double)
+    assert exact.dtype == torch.float64
+    assert seen <= {torch.float64, torch.complex64}
+    torch.testing.assert_close(exact.float(), model(x_t, t, r, cond), rtol=0, atol=2e-5)
+    shift = torch.randn(x_t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    h = 1e-5
+    ahead, behind = (double(x_t.double() + s * h * shift, t.double(), r.double(), of_double) for s in (1, -1))
+    assert 0 < (ahead + behind - 2 * exact).abs().max() < 1e-8
+
+
+def tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from tensors(part)
+
+
+def test_every_parameter_but_the_idle_ones_gets_a_gradient(family: Family, model: Any, given: Rows) -> None:
+    found = gradients(model, given)
+    without = [name for name, gradient in found.items() if gradient is None]
+    assert without == list(model.idle_parameters())
+    assert len(without) == family.idle
+    for name, gradient in found.items():
+        if name.startswith(f"{model.time_embedding}_2."):
+            assert gradient is not None
+            assert gradient.norm() > 0, name
+
+
+def test_checkpoint_units_recompute_to_the_same_gradients(model: Any, given: Rows) -> None:
+    units = [model.get_submodule(name) for name in model.checkpoint_units()]
+    assert units == list(model.shard_units())
+    again = gradients(recomputing(model), given)
+    for name, gradient in gradients(model, given).items():
+        assert gradient is again[name] is None or torch.equal(gradient, again[name]), name  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_sharded_bfloat16_blocks_keep_times_and_ends_in_float32(family: Family, model: Any, given: Rows) -> None:
+    """The engine's policy: bfloat16 in the blocks, float32 in the root and out of the last block."""
+    x_t, t, r, cond = given
+    reference = model(x_t, t, r, cond)
+    shard(model, Layout(init_device_mesh("cpu", (1,)), block_dtype="bfloat16"))
+    second = [p for name, p in sharded_parameters(model).items() if name.startswith(f"{model.time_embedding}_2.")]
+    inside: dict[str, set[torch.dtype]] = {}
+    for name in (*family.root, family.block):
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _a, out, name=name: inside.update({name: {x.dtype for x in tensors(out)}})
+        )
+    velocity = model(x_t, t, r, cond)
+    assert inside.pop(family.block) == {torch.bfloat16}
+    assert set(inside) == set(family.root)
+    assert set.union(*inside.values()) == {torch.float32}
+    assert velocity.dtype == torch.float32
+    torch.testing.assert_close(velocity, reference, rtol=0, atol=0.1)
+    for other_t, other_r in ((t - 0.01, r), (t, r - 0.01), (-t, r)):
+        assert not torch.equal(model(x_t, other_t, other_r, cond), velocity)
+    velocity.square().sum().backward()
+    assert len(second) == 4
+    for parameter in second:
+        assert isinstance(parameter.grad, DTensor)
+        assert parameter.grad.to_local().norm() > 0
+
+
+@pytest.mark.parametrize(("batch", "text", "latent"), [(1, 5, (48, 64)), (3, 40, (96, 96))])
+def test_flops_are_those_that_torch_counts(model: Any, batch: int, text: int, latent: tuple[int, int]) -> None:
+    x_t = torch.randn(batch, *model.latent_shape(latent))
+    cond = Conditioning(torch.randn(batch, text, model.text_width), torch.ones(batch, text, dtype=torch.bool))
+    size = batch, model.tokens(x_t.shape), text
+    for name in model.idle_parameters():
+        model.get_parameter(name).requires_grad_(False)
+    recomputed = recomputing(model)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            velocity = model(x_t, torch.rand(batch), None, cond)
+        with FlopCounterMode(display=False) as backward:
+            velocity.square().sum().backward()
+        velocity = recomputed(x_t, torch.rand(batch), None, cond)
+        with FlopCounterMode(display=False) as again:
+            velocity.square().sum().backward()
+    assert model.flops(*size) == pytest.approx(forward.get_total_flops(), rel=1e-3)
+    assert model.backward_flops(*size) == pytest.approx(backward.get_total_flops(), rel=1e-3)
+    extra = again.get_total_flops() - backward.get_total_flops()
+    assert model.recompute_flops(*size) == pytest.approx(extra, rel=1e-3)
+
+
+def test_published_architecture_has_its_size_on_meta(family: Family) -> None:
+    model = family.backbone({}, device="meta")
+    assert model.class_name in {base.__name__ for base in type(model).__mro__}
+    assert all(p.is_meta for p in model.parameters())
+    second = sum(p.numel() for name, p in model.named_parameters() if name.startswith(f"{model.time_embedding}_2."))
+    assert second == family.second
+    assert sum(p.numel() for p in model.parameters()) == family.size + second
+    assert model.latent_shape((1024, 768)) == (16, 128, 96)
+
+
+def test_a_pass_never_waits_for_the_device(family: Family, place: Path, given: Rows) -> None:
+    """Meta tensors have no values: whatever the host wanted to read of them would raise."""
+    model = family.backbone.from_folder(place)
+    x_t, t, r, cond = given
+    on_meta = cond.to("meta")
+    for read in (lambda: on_meta.mask.sum(dim=1).tolist(), lambda: on_meta.embeds[on_meta.mask]):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read()
+    velocity = model(x_t.to("meta"), t.to("meta"), r.to("meta"), on_meta)
+    assert velocity.shape == x_t.shape
+    velocity.square().sum().backward()
+
+
+def test_materialised_meta_model_equals_one_built_on_the_cpu(
+    family: Family, place: Path, model: Any, given: Rows
+) -> None:
+    x_t, t, r, cond = given
+    materialised = family.backbone.from_folder(place).to_empty(device="cpu")
+    materialised.load(str(place))
+    assert torch.equal(materialised(x_t, t, r, cond), model(x_t, t, r, cond))
+
+
+def test_a_trained_second_embedding_is_kept(family: Family, model: Any, tmp_path: Path) -> None:
+    """Exported and loaded again; a checkpoint with half of it is refused."""
+    generator = torch.Generator().manual_seed(2)
+    state = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+    model.export(str(tmp_path / "whole"), state)
+    model.load(str(tmp_path / "whole"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, state[name]), name
+    half = next(name for name in state if name.startswith(f"{model.time_embedding}_2."))
+    (tmp_path / "half").mkdir()
+    others = {name: tensor for name, tensor in state.items() if name != half}
+    save_file(others, tmp_path / "half" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"missing: {half}"):
+        model.load(str(tmp_path / "half"))
+
+
+def test_misuse_is_named(family: Family, place: Path, model: Any, given: Rows, tmp_path: Path) -> None:
+    x_t, t, _, cond = given
+    with pytest.raises(ValueError, match="takes 4 channels"):
+        model(x_t[:, :3], t, None, cond)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        model(x_t[:, :, :5], t, None, cond)
+    with pytest.raises(ValueError, match="3 latents came with 2 conditions"):
+        model(x_t, t, None, cond[:2])
+    with pytest.raises(ValueError, match="conditions of width 7"):
+        model(x_t, t, None, dataclasses.replace(cond, embeds=cond.embeds[..., :7]))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        model.latent_shape((64, 40))
+    with pytest.raises(ValueError, match="choose one of vae, pixels"):
+        family.backbone.from_folder(place, latents="wavelets")
+    with pytest.raises(FileNotFoundError, match=r"model\.path"):
+        family.backbone.from_folder(tmp_path)
+    other = next(other for other in FAMILIES.values() if other is not family)
+    with pytest.raises(ValueError, match=f"holds a {family.backbone.class_name}, but model.name=.*set model.name"):
+        other.backbone.from_folder(place)
+
+
+def test_latents_may_be_pixels(family: Family, place: Path, model: Any) -> None:
+    assert model.latent_shape((64, 32)) == (4, 8, 4)
+    assert family.backbone.from_folder(place, latents="pixels").latent_shape((64, 32)) == (4, 64, 32)
