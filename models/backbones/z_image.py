@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, TimestepEmbedder
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor, nn
 
 from models import attention
 from models.backbone import Conditioning
 from models.encoders.z_image import ZImageLatents, ZImageText
 from models.precision import keep_float64
-from models.target_time import Sinusoid
 from models.transformer import TransformerBackbone, TransformerOptions
 from models.weights import Start, normal_start
+from models.z_image_time import ZImageTargetTime
 
 SINUSOID, TIME_HIDDEN, TIME_WIDTH = 256, 1024, 256  # of a time embedding: features, hidden layer, most outputs
-
 NEW_DEVIATION = 0.02  # of the weights of a new E2, as published for SD3 and SANA
 
 
@@ -31,37 +30,10 @@ class ZImageOptions(TransformerOptions):
     blocks). auto takes the fastest that runs here; the log says which and why."""
 
 
-class CleanTimeSinusoid(Sinusoid):
-    """Sinusoid of times t in [-1, 1] for a network whose own time u runs from noise (0) to data (1): u = 1 - t.
-
-    Times of the fake flow lie beyond the data, in [1, 2]: every t has a u of its own, and the two flows touch where
-    their velocities agree, at t = 0. (The published patch uses u = sign(t) (1 - |t|), in which r = 0 and r = 1, and
-    t = 1 and t = -1, are the same time: method 6.3, item 32.)
-    """
-
-    def __init__(self, time_scale: float):
-        super().__init__(SINUSOID, True, 0, 1)
-        self.time_scale = time_scale
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        return super().forward((1 - timesteps) * self.time_scale)  # diffusers' order of products: equal bits
-
-
-class ExactTimestepEmbedder(TimestepEmbedder):
-    """diffusers' TimestepEmbedder with its sinusoid as a module, which knows float64."""
-
-    sinusoid: Sinusoid
-
-    def timestep_embedding(self, t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
-        features: Tensor = self.sinusoid(t)
-        return features
-
-
-class ZImage(TransformerBackbone, ZImageTransformer2DModel):
+class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
     """Backbone over diffusers' ZImageTransformer2DModel; parameter names are its own plus `t_embedder_2.*`.
 
-    The time embedding is E1(1 - t) + (t - r) E2(t - r): E2 reads the length of the jump, as published. diffusers'
-    network gives x - z, the negative of a velocity.
+    diffusers' network gives x - z, the negative of a velocity, at a time of its own (models/z_image_time.py).
 
     config: the transformer's config.json. pixels_per_latent: edge of the square of pixels behind one latent (8 for the
     Z-Image VAE, 1 for pixels). On device "meta" nothing is allocated; materialise with `to_empty`, then `load`.
@@ -69,7 +41,6 @@ class ZImage(TransformerBackbone, ZImageTransformer2DModel):
 
     family, class_name = "Z-Image", "ZImageTransformer2DModel"
     text_class, latents_class = ZImageText, ZImageLatents
-    time_embedding = "t_embedder"
 
     def __init__(
         self,
@@ -87,10 +58,7 @@ class ZImage(TransformerBackbone, ZImageTransformer2DModel):
                 f"all_patch_size={self.config.all_patch_size}, all_f_patch_size={self.config.all_f_patch_size}"
             )
         self.pixels_per_latent = pixels_per_latent
-        self.t_embedder.__class__ = ExactTimestepEmbedder
-        self.t_embedder.sinusoid = CleanTimeSinusoid(self.t_scale)
         self.add_target_time()
-        self.t_embedder_2.sinusoid = Sinusoid(SINUSOID, True, 0, self.t_scale)
         self._text_mask: Tensor | None = None
         keep_float64(self)
         nn.Module.to(self, dtype)  # diffusers' own `to` warns about an empty list of float32 modules
@@ -115,9 +83,6 @@ class ZImage(TransformerBackbone, ZImageTransformer2DModel):
         """Small: a base model starts as its own velocity for every r, where a copy of E1 would add to it at r = 0 an
         embedding as large as its own. (No published trainer says; the published patch leaves E2 as torch makes it.)"""
         return normal_start(NEW_DEVIATION, seed)
-
-    def target_argument(self, t: Tensor, r: Tensor) -> Tensor:
-        return t - r
 
     def forward(
         self, x_t: Tensor, t: Tensor, r: Tensor | None, cond: Conditioning, weights: Tensor | None = None
