@@ -223,6 +223,14 @@ def model_tiny(context: typer.Context, dest: Path) -> None:
     _module("models.tiny", str(dest), *context.args)
 
 
+@model_app.command("fetch", context_settings={"ignore_unknown_options": True})
+def model_fetch(
+    arguments: Annotated[list[str], typer.Argument(metavar="REPO DEST [OPTION]...", show_default=False)],
+) -> None:
+    """Bring a base model from the hub to a folder or s3://, once (options: python -m trainer.fetch_model --help)."""
+    _module("trainer.fetch_model", *arguments)
+
+
 def _nproc(arguments: list[str]) -> tuple[int, list[str]]:
     """Ranks on this machine, and the arguments without --nproc N."""
     if "--nproc" not in arguments:

@@ -7,12 +7,12 @@ from pathlib import PurePosixPath
 
 from configs.schema import Config
 from data.mirror import mirror
-
-MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
-"""Endings of what a diffusers pipeline is loaded from; code and pickles are left where they are."""
+from models.hub import INDEX, MODEL_FILES
+from models.weights import CheckpointError
 
 
 def is_model_file(name: str) -> bool:
+    """Whether models are loaded from such a file; code and pickles are left where they are."""
     return PurePosixPath(name).suffix in MODEL_FILES
 
 
@@ -30,4 +30,9 @@ def local_folder(config: Config, path: str) -> str:
     if not path.startswith("s3://"):
         return path
     data = config.data
-    return str(mirror(path, is_model_file, data.cache_dir, data.endpoint_url, data.read_budget_s))
+    folder = mirror(path, is_model_file, data.cache_dir, data.endpoint_url, data.read_budget_s)
+    if not any((folder / name).is_file() for name in (INDEX, "config.json")):
+        raise CheckpointError(
+            f"{path} has neither {INDEX} nor config.json: no diffusers model, or its upload has not ended"
+        )
+    return str(folder)
