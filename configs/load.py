@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from configs import knobs, rules, switching
 from configs.schema import Config
 
-IDENTITY_SECTIONS = ("model", "init_from", "objective", "guidance", "optimizer", "schedule", "encoder", "ema")
+IDENTITY_SECTIONS = ("model", "lora", "init_from", "objective", "guidance", "optimizer", "schedule", "encoder", "ema")
 IDENTITY_KEYS = ("run.seed", "train.steps", "train.global_batch_size", "data.lanes", "data.flip")
 # Where the same weights lie, and which kernel computes attention, does not make another experiment.
 CIRCUMSTANCE_KEYS = ("model.path", "model.attention", "guidance.allow_divergent")

@@ -24,6 +24,8 @@ RANGES = {
     "data.read_budget_s": (SMALLEST, LARGEST),
     "data.max_bad_samples": (0, 1),
     "encoder.max_text_tokens": (1, LARGEST),
+    "lora.rank": (1, LARGEST),
+    "lora.alpha": (1, LARGEST),
     "train.steps": (1, LARGEST),
     "train.global_batch_size": (1, LARGEST),
     "train.micro_batch_size": (1, LARGEST),
@@ -204,6 +206,29 @@ def _optimizer(config: Config) -> None:
         raise ValueError(f"optimizer.betas is {tuple(config.optimizer.betas)}; both lie in [0, 1)")
 
 
+def _lora(config: Config) -> None:
+    lora = config.lora
+    if lora.variant not in ("second_embedding", "single_time"):
+        raise ValueError(f"lora.variant is {lora.variant!r}; choose second_embedding or single_time")
+    if lora.rank is None and (lora.alpha is not None or lora.targets or lora.variant != "second_embedding"):
+        raise ValueError(
+            "lora.rank is null, which trains all parameters, but other lora options are set; set lora.rank"
+        )
+    if any(not target.strip(".") for target in lora.targets):
+        raise ValueError(f"lora.targets is {lora.targets}; write ends of module names, for instance [attn.to_q]")
+    if config.engine.get("base_dtype") == "bfloat16":
+        if lora.rank is None:
+            raise ValueError(
+                "engine.base_dtype=bfloat16 is for the frozen weights under adapters, and lora.rank is null, which trains "
+                "all; set engine.base_dtype=float32"
+            )
+        if config.engine["block_dtype"] != "bfloat16" or config.model.get("dtype") == "float64":
+            raise ValueError(
+                "engine.base_dtype=bfloat16 needs blocks that compute so: set engine.block_dtype=bfloat16 and "
+                "model.dtype=float32, or engine.base_dtype=float32"
+            )
+
+
 def _schedule(config: Config) -> None:
     if config.schedule.name not in ("constant", "linear", "cosine"):
         raise ValueError(f"schedule.name is {config.schedule.name!r}; choose constant, linear or cosine")
@@ -266,6 +291,7 @@ RULES = (
     _encoder,
     _init_from,
     _optimizer,
+    _lora,
     _schedule,
     _non_finite,
     _profile,

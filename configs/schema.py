@@ -88,6 +88,21 @@ class InitFrom:
 
 
 @dataclass
+class Lora:
+    rank: int | None = None
+    """Train low-rank adapters of this rank beside the frozen weights of model.path; null: train all parameters."""
+    alpha: int | None = None
+    """Adapters are scaled by alpha / rank; null: as lora.rank."""
+    targets: list[str] = field(default_factory=list)
+    """Linear layers that get an adapter, by the end of their names, for instance [attn.to_q, attn.to_v]; empty: the
+    backbone's published ones."""
+    variant: str = "second_embedding"
+    """second_embedding | single_time: how the network learns of the target time r. By the second time embedding, which has
+    adapters of its own (starts as the base model at r=t); or by the one number t - r/2 in place of t (published; plain
+    diffusers runs it at r=0, but at r=t it starts as the base model at t/2)."""
+
+
+@dataclass
 class Guidance:
     scale: float | None = None
     """Effective guidance scale w of u + w (c - u) trained into the model; sets objective.enhanced_ratio. null: off, or
@@ -242,17 +257,3 @@ class Config:
     """Objective by name and its options (trainer/objectives/<name>.py)."""
     engine: dict[str, Any] = field(default_factory=lambda: {"name": "fsdp2"})
     """Sharding engine by name and its options (trainer/engines/<name>.py)."""
-    init_from: InitFrom = field(default_factory=InitFrom)
-    guidance: Guidance = field(default_factory=Guidance)
-    data: Data = field(default_factory=Data)
-    encoder: Encoder = field(default_factory=Encoder)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule = field(default_factory=Schedule)
-    train: Train = field(default_factory=Train)
-    ema: Ema = field(default_factory=Ema)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    sample: Sample = field(default_factory=Sample)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    tracking: Tracking = field(default_factory=Tracking)
-    profile: Profile = field(default_factory=Profile)
-    runtime: Runtime = field(default_factory=Runtime)

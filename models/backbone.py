@@ -110,6 +110,11 @@ class Backbone(Protocol):
     ) -> LatentEncoder:
         """Its VAE (kind: vae), or none (pixels); latents: mean | sample of the posterior; tiling: of large images."""
 
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Linear layers that get an adapter where the configuration names none, by the end of their names."""
+    time_embedding: ClassVar[str]
+    """Attribute that holds the time embedding; `<it>_2` holds that of the target time."""
+
     def shard_units(self) -> Sequence[nn.Module]:
         """Modules that a sharding engine gathers one after the other; they compute in the engine's block dtype."""
 

@@ -44,6 +44,7 @@ class TransformerBackbone(TargetTime):
     text_class: ClassVar[type[TextEncoder]]
     latents_class: ClassVar[type[LatentEncoder]]
     masked_text: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]]
     pixels_per_latent: int
     config: Any
 

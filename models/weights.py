@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
 Start = Callable[[str, tuple[int, ...]], Tensor]
 """(name, shape) -> the whole tensor that a new parameter starts with, on the CPU and the same on all ranks."""
+ADAPTER = re.compile(r"\.(lora_[AB])\.(\w+)\.weight$")
+"""End of the name that peft gives a parameter of an adapter: the matrix, the adapter's name."""
 
 
 class CheckpointError(RuntimeError):
@@ -72,9 +75,10 @@ def plain_name(name: str) -> str:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers by the name they have without wrappers."""
+    """Parameters and saved buffers of the base model, by the name that they have without wrappers and adapters."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        yield plain_name(name), tensor
+        if not ADAPTER.search(name):
+            yield plain_name(name).replace(".base_layer.", "."), tensor
 
 
 def flat_parts(model: nn.Module) -> dict[str, FlatPart]:
@@ -120,12 +124,12 @@ def load(model: nn.Module, folder: str | Path, derived: Mapping[str, str | Start
     for file, names in by_file.items():
         with _open(file) as reader:
             for name in names:
-                _fill(targets[name], reader.get_slice(name))
+                fill(targets[name], reader.get_slice(name))
     for name, (new, start) in starts.items():
         if isinstance(start, str):
             _local(targets[name]).copy_(_local(targets[start + name.removeprefix(new)]))
         else:
-            _fill(targets[name], start(name, tuple(targets[name].shape)))
+            fill(targets[name], start(name, tuple(targets[name].shape)))
 
 
 def export(
@@ -206,7 +210,8 @@ def _misshapen(file: Path, targets: Mapping[str, Tensor | FlatPart]) -> list[str
     return problems
 
 
-def _fill(target: Tensor | FlatPart, stored: Any) -> None:
+def fill(target: Tensor | FlatPart, stored: Any) -> None:
+    """Copy this process's elements out of a whole tensor, or out of what slices like one."""
     local = _local(target)
     if isinstance(target, FlatPart):
         _fill_flat(target, stored)

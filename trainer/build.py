@@ -21,6 +21,7 @@ from data.demo import CAPTIONS
 from data.loader import Loader
 from data.manifest import Manifest, read_manifest
 from data.order import Order
+from models import lora
 from models.backbone import Backbone
 from models.encoders.latents import LatentEncoder
 from models.encoders.text import TextEncoder
@@ -43,7 +44,7 @@ from trainer.observe.tracking import NullTracker, Tracker
 from trainer.plugins import plugin
 from trainer.run import Run
 from trainer.run_folder import RunFolder, open_checkpoints
-from trainer.saving import frozen_teacher
+from trainer.saving import unsaved_weights
 from trainer.saving.checkpoint import Checkpoints
 from trainer.signals import StopRequest
 from trainer.training_data import check_contents, check_latents, stored_null
@@ -84,6 +85,8 @@ def build_run(
     refuse_profile(config.profile, world.device)
     backbone_class, model = plugin("model", config.model)
     backbone = backbone_class.from_folder(model.path, latents=model.latents, dtype=getattr(torch, model.dtype))
+    if config.lora.rank is not None:
+        lora.add(backbone, config.lora, objective.teacher)
     engine_class, engine_options = plugin("engine", config.engine)
     kernel = use_attention(backbone, model, engine_options.block_dtype, world.device)
     metadata = {**certificate(config, world, order, steps), "attention": kernel}
@@ -97,11 +100,10 @@ def build_run(
         objective.teacher,
         load=initial_weights.loader(config, resumes, objective.teacher),
     )
-    if objective.teacher == "frozen":
-        metadata[frozen_teacher.KEY] = frozen_teacher.fingerprint(engine.parts())
+    left_out = unsaved_weights.fingerprints(engine, objective.teacher)
+    metadata |= left_out
     done = checkpoints.resume(engine)
-    if objective.teacher == "frozen":
-        frozen_teacher.check(metadata[frozen_teacher.KEY], done.metadata.get(frozen_teacher.KEY), model.path)
+    unsaved_weights.check(left_out, done.metadata, model.path)
     bucket, held_out = order.stream(0).bucket, held_out_batch(config, world)
     check_latents(manifest.encoded, bucket, backbone.latent_shape(bucket))
     return Run(
@@ -263,7 +265,7 @@ def held_out_batch(config: Config, world: World) -> Batch | None:
 
 def certificate(config: Config, world: World, order: Order, accumulation: int) -> dict[str, Any]:
     """What a checkpoint says about its origin, beside its tensors."""
-    names = ("torch", "diffusers", "transformers", "safetensors", "deepspeed", "numpy")
+    names = ("torch", "diffusers", "transformers", "safetensors", "deepspeed", "peft", "numpy")
     return {
         "identity_digest": digest({**identity(config), "data_order": order.identity()}),
         "data_order": order.identity(),

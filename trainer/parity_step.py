@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import Config
-from models import tiny
+from models import lora, tiny
 from models.target_time import Sinusoid
 from trainer.engines.engine import Engine, whole
 from trainer.objectives.objective import TEACHER, LossTerms, Nets, Objective, Rows
@@ -21,6 +21,8 @@ from trainer.objectives.passes import run_packed, run_unpacked
 from trainer.objectives.roles import assign
 from trainer.plugins import plugin
 
+SEED = 7
+"""Of the adapters' numbers."""
 STEP = 5
 """Number of the step, so that the roles do not begin at the pattern's start."""
 
@@ -60,10 +62,23 @@ class Subject:
         made: Objective = plugin("objective", self.config.objective)[1]
         return made
 
-    def backbone(self, dtype: str) -> Any:
-        """The tiny backbone on meta, and its folder in the options, as a run builds it."""
+    def backbone(self, dtype: str, adapted: bool = True) -> Any:
+        """The tiny backbone on meta, as a run builds it; adapted: with the adapters that the configuration names."""
         cls, options = plugin("model", self.config.model | {"path": self.folder, "latents": "vae", "dtype": dtype})
-        return cls.from_folder(options.path, latents=options.latents, dtype=getattr(torch, dtype))
+        backbone = cls.from_folder(options.path, latents=options.latents, dtype=getattr(torch, dtype))
+        if adapted and self.adapted:
+            lora.add(backbone, self.config.lora, self.objective.teacher)
+        return backbone
+
+    @property
+    def adapted(self) -> bool:
+        return self.config.lora.rank is not None
+
+    def load(self, module: Any) -> None:
+        """Fill a backbone as a run does; adapters with numbers under which no gradient vanishes."""
+        module.load(self.folder)
+        if getattr(module, "adapters", None) is not None:
+            lora.initialise(module, SEED, scatter=True)
 
 
 @dataclass
@@ -99,17 +114,16 @@ def reference(subject: Subject, dtype: str) -> Measured:
     turn by up to 1000 radians, and rounding that makes errors of 1e-5 in gradients which say nothing of an engine.
     """
     case = Case(engine="none", ranks=1, dtype="float64", packed=False)
-    model = subject.backbone("float64").to_empty(device="cpu")
-    model.load(subject.folder)
-    for module in model.modules():
-        if dtype == "float32" and isinstance(module, Sinusoid):
-            module.register_forward_pre_hook(_rounded_times)
-            module.register_forward_hook(_as_float64)
-    separate = subject.objective.teacher != "online"
-    teacher = copy.deepcopy(model).requires_grad_(False) if separate else None
+    model = plain_module(subject, dtype)
+    teacher = None
+    if subject.objective.teacher == "frozen" and subject.adapted:
+        teacher = plain_module(subject, dtype, adapted=False)
+    elif subject.objective.teacher != "online":
+        teacher = copy.deepcopy(model).requires_grad_(False)
+    moved = {name: p for name, p in model.named_parameters() if p.requires_grad or not subject.adapted}
     with torch.no_grad():
-        for name, factor in factors(dict(model.named_parameters())).items():
-            model.get_parameter(name).mul_(factor)
+        for name, factor in factors(moved).items():
+            moved[name].mul_(factor)
     found = Measured()
     for loss in losses(PlainNets(model, teacher), subject, case, rank=0):
         loss.total.backward()
@@ -119,6 +133,17 @@ def reference(subject: Subject, dtype: str) -> Measured:
     found.gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
     found.grad_norm = float(torch.stack([g.square().sum() for g in found.gradients.values()]).sum().sqrt())
     return found
+
+
+def plain_module(subject: Subject, dtype: str, adapted: bool = True) -> Any:
+    """A whole backbone in this process, float64, see `reference`; without adapters it is the teacher that is their base."""
+    model = subject.backbone("float64", adapted).to_empty(device="cpu")
+    subject.load(model)
+    for module in model.modules():
+        if dtype == "float32" and isinstance(module, Sinusoid):
+            module.register_forward_pre_hook(_rounded_times)
+            module.register_forward_hook(_as_float64)
+    return model
 
 
 def _rounded_times(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -154,6 +179,7 @@ def build_engine(subject: Subject, case: Case) -> Engine:
     section = given if given["name"] == case.engine else {"name": case.engine}
     cls, options = plugin("engine", section)
     changes = {"activation_checkpointing": case.checkpointing, "block_dtype": "float32", "reduce_dtype": "float32"}
+    changes |= {"base_dtype": "float32"} if hasattr(options, "base_dtype") else {}
     if hasattr(options, "replicate"):
         changes["replicate"] = case.replicate
     optimizer = subject.config.optimizer
@@ -166,7 +192,7 @@ def build_engine(subject: Subject, case: Case) -> Engine:
         optimizer,
         subject.config.ema,
         subject.objective.teacher,
-        load=lambda module: module.load(subject.folder),
+        load=subject.load,
     )
     scale_online(engine)
     return engine

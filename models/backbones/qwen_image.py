@@ -38,6 +38,11 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
 
     family, class_name = "Qwen-Image", "QwenImageTransformer2DModel"
     text_class, latents_class = QwenImageText, QwenImageLatents
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+        *("timestep_embedder.linear_1", "timestep_embedder.linear_2"),
+    )
 
     def __init__(
         self,

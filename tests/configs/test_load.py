@@ -11,7 +11,7 @@ from configs.load import ConfigError
 from configs.schema import Config
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
-OVERLAYS = ("cluster", "engine")  # what stands behind a recipe
+OVERLAYS = ("cluster", "engine", "lora")  # what stands behind a recipe
 RECIPES = sorted(path for path in SMOKE.parent.rglob("*.yaml") if path.parent.name not in OVERLAYS)
 
 
@@ -21,7 +21,9 @@ def smoke(*overrides: str) -> Config:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
-    load.load([path])
+    config = load.load([path])
+    for overlay in (SMOKE.parent / "lora").glob("*.yaml") if config.lora.rank else ():
+        assert load.load([path, overlay]).objective["order"] == 1
 
 
 @pytest.mark.parametrize(

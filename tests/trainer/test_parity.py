@@ -74,6 +74,26 @@ def test_a_planted_fault_fails_by_name(
     assert json.loads(json.dumps(report))["failed"][0]["gradient"]["tensor"] == verdict.worst["gradient"][1]
 
 
+@pytest.mark.parametrize(
+    ("options", "case", "count"),
+    [
+        (["objective.teacher=ema", "lora.alpha=2"], CASE, 50),
+        (["objective.teacher=frozen", "lora.variant=single_time"], replace(CASE, ranks=1, accumulation=1), 46),
+        (["objective.teacher=ema"], Case("zero3", ranks=2, dtype="float32", checkpointing=True), 50),
+    ],
+    ids=["averages", "base", "zero3"],
+)
+def test_adapters_tell_the_rows_of_one_pass_apart(subject: Subject, options: list[str], case: Case, count: int) -> None:
+    """Packed: online rows and the teacher's in one pass. The reference: one kind at a time, the base a model without
+    adapters, asked at t."""
+    config = load.load([SMOKE], ["lora.rank=4", "guidance.scale=2", *options])
+    adapted = replace(subject, config=config)
+    expected = parity_step.reference(adapted, case.dtype)
+    assert len(expected.gradients) == count and all("lora" in name for name in expected.gradients)
+    verdict, explanation = parity.examine(adapted, case, expected)
+    assert verdict.ok, (verdict, explanation)
+
+
 def test_a_parameter_without_gradient_is_named_by_the_engine(
     monkeypatch: pytest.MonkeyPatch, subject: Subject, expected: Measured
 ) -> None:

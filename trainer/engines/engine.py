@@ -56,6 +56,9 @@ class Engine(Protocol):
     def parts(self) -> Iterator[TensorPart]:
         """Everything tensor-like that a checkpoint holds, in an order equal on all ranks."""
 
+    def unsaved(self) -> Iterator[TensorPart]:
+        """Frozen parameters that `parts` leaves out because they are loaded anew at every start: the base of adapters."""
+
     def counters(self) -> dict[str, float]:
         """Scalars that belong to the state: optimizer step, EMA decay in force."""
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from configs.schema import Ema as EmaOptions
 from configs.schema import Optimizer as OptimizerOptions
 from trainer.engines import optim, recompute, refusals, sharding
+from trainer.engines.adapted import arranged, needs_second_module
 from trainer.engines.distributed import default_device
 from trainer.engines.networks import Networks
 from trainer.engines.sharded_engine import ShardedEngine
@@ -45,6 +46,9 @@ class FSDP2Options:
     prefetch: int | None = None
     """Blocks gathered ahead of the one that computes, forwards and backwards, each of which takes the memory of a gathered
     block. null: as FSDP2 does, the next one."""
+    base_dtype: str = "float32"
+    """float32 | bfloat16: what the blocks' frozen weights under adapters (lora.rank) are kept in; bfloat16 needs
+    engine.block_dtype=bfloat16, where it changes no number and halves their memory."""
     cpu_offload: bool = False
     """Keep parameters, gradients, moments and averages in host memory; the update runs on the CPU. Slow: for models that
     do not fit otherwise."""
@@ -59,8 +63,9 @@ class FSDP2(ShardedEngine):
 
     backbone: implements models.backbone.Backbone, on the CPU, on `device` or on meta; changed in place. teacher: online
     (rows share the module), ema (a second module whose shards are the averaged weights) or frozen (a second module with
-    the initial weights). device: None takes the process group's. load: fills the sharded parameters, called once before
-    any copy of them is made; required when the backbone is on meta.
+    the initial weights); where the backbone has adapters they tell the rows of one module apart. device: None takes the
+    process group's. load: fills the sharded parameters, called once before any copy of them is made; required when the
+    backbone is on meta.
 
     Raises:
         ValueError: options that cannot hold together, with the remedy.
@@ -80,8 +85,8 @@ class FSDP2(ShardedEngine):
         self.device = device or default_device()
         optim.refuse(optimizer, torch.device("cpu") if options.cpu_offload else self.device)
         self.mesh = sharding.device_mesh(self.device, options.replicate)
-        sharding.prepare_parameters(backbone)
-        separate = copy.deepcopy(backbone).requires_grad_(False) if teacher != "online" else None
+        sharding.prepare_parameters(backbone, options.base_dtype)
+        separate = copy.deepcopy(backbone).requires_grad_(False) if needs_second_module(backbone, teacher) else None
         layout = _layout(options, self.mesh)
         self._online = sharding.shard(backbone, layout, _checkpointed_units(options, backbone))
         sharding.fill(self._online, self.device, load, options.cpu_offload)
@@ -90,15 +95,14 @@ class FSDP2(ShardedEngine):
             self._teacher = sharding.shard(separate, layout)
             sharding.fill(self._teacher, self.device, self._copy_online, options.cpu_offload)
         self._parameters = sharding.sharded_parameters(self._online)
-        averaged = None
+        # Plain tensors over the shards' memory: no DTensor dispatch in the update, and any optimizer will do.
+        shards, averaged = arranged({name: self._shard(p) for name, p in self._parameters.items()}, backbone)
         if teacher == "ema" and self._teacher is not None:
             of_teacher = sharding.sharded_parameters(self._teacher)
             averaged = {name: sharding.local_part(shard).view(-1) for name, shard in of_teacher.items()}
-        # Plain tensors over the shards' memory: no DTensor dispatch in the update, and any optimizer will do.
-        shards = {name: self._shard(parameter) for name, parameter in self._parameters.items()}
         state = ShardedState(shards, optimizer, ema.decay, averaged, options.replicate)
         networks = Networks(self._online, self._teacher)
-        super().__init__(self._online, networks, state, self._teacher if averaged else None)
+        super().__init__(self._online, networks, state, self._teacher if teacher == "ema" else None)
 
     def _shard(self, parameter: DTensor) -> Shard:
         """This rank's rows of a parameter; one rank of a replicated group writes them into checkpoints."""
@@ -131,6 +135,8 @@ class FSDP2(ShardedEngine):
 
 def _check(options: FSDP2Options, ema: EmaOptions, teacher: str) -> None:
     refusals.refuse_dtypes(options)
+    if options.base_dtype == "bfloat16" != options.block_dtype:
+        raise ValueError("engine.base_dtype=bfloat16 needs engine.block_dtype=bfloat16")
     refusals.refuse_teacher(teacher, ema)
     if options.checkpoint_keep not in recompute.KEEPS:
         raise ValueError(f"engine.checkpoint_keep is {options.checkpoint_keep!r}; choose nothing or products")

@@ -8,9 +8,9 @@ from configs.schema import Ema as EmaOptions
 
 
 def refuse_dtypes(options: Any) -> None:
-    """ValueError where block_dtype or reduce_dtype names no choice."""
-    for knob in ("block_dtype", "reduce_dtype"):
-        if getattr(options, knob) not in ("float32", "bfloat16"):
+    """ValueError where an option of an engine that is a dtype names no choice."""
+    for knob in ("block_dtype", "reduce_dtype", "base_dtype"):
+        if getattr(options, knob, "float32") not in ("float32", "bfloat16"):
             raise ValueError(f"engine.{knob} is {getattr(options, knob)!r}; choose float32 or bfloat16")
 
 

@@ -119,6 +119,11 @@ class ShardedEngine(ABC):
         self._free_gathered()
         return self._state.parts()
 
+    def unsaved(self) -> Iterator[TensorPart]:
+        """Frozen parameters that `parts` leaves out because they are loaded anew at every start: the base of adapters."""
+        self._free_gathered()
+        return self._state.unsaved()
+
     def counters(self) -> dict[str, float]:
         """optimizer_step: updates made (skipped steps do not count); ema_decay: the decay rate k in force."""
         return self._state.counters()

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from models.weights import plain_name
+from models.weights import ADAPTER, plain_name
+from trainer.engines.adapted import adapters_of
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,12 @@ def device_mesh(device: torch.device, replicate: int = 1) -> DeviceMesh:
     return init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
 
 
-def prepare_parameters(backbone: Any) -> None:
+def prepare_parameters(backbone: Any, base_dtype: str = "float32") -> None:
     """Freeze the idle parameters and hold the others in float32 (float64 in a float64 model) as master weights.
 
     Idle parameters are frozen before sharding: they would have moments in a loaded optimizer but none in a trained one.
+    base_dtype: of the blocks' frozen weights under adapters, float32 | bfloat16; what is outside the blocks stays
+    float32, because it computes so (law 3).
 
     Raises:
         ValueError: an idle parameter that the backbone does not have.
@@ -70,6 +73,11 @@ def prepare_parameters(backbone: Any) -> None:
     master = torch.float64 if all(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
     for parameter in parameters.values():
         parameter.data = parameter.data.to(master)
+    if base_dtype == "bfloat16" and adapters_of(backbone) is not None and master == torch.float32:
+        for unit in backbone.shard_units():
+            for name, parameter in unit.named_parameters():
+                if not ADAPTER.search(name):
+                    parameter.data = parameter.data.bfloat16()
 
 
 def shard(backbone: Any, layout: Layout, units: Sequence[Sequence[nn.Module]] | None = None) -> nn.Module:

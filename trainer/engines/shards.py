@@ -20,7 +20,7 @@ class Shard:
     """Elements [start, start + len(local)) of a flattened parameter of `shape`.
 
     local: 1-D view of them, updated in place; trainable: whether it has moments and an average; owned: whether this
-    rank writes it into a checkpoint.
+    rank writes it into a checkpoint; saved: whether a checkpoint holds it at all.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +28,7 @@ class Shard:
     local: Tensor
     trainable: bool
     owned: bool = True
+    saved: bool = True
 
 
 class ShardedState:
@@ -101,6 +102,8 @@ class ShardedState:
     def parts(self) -> Iterator[TensorPart]:
         """Parameters, moments and averaged weights, in an order equal on all ranks."""
         for name, shard in self._shards.items():
+            if not shard.saved:
+                continue
             tensors = {"parameter": shard.local}
             if name in self._leaves:
                 tensors |= self._moments.of(self._leaves[name])
@@ -108,6 +111,12 @@ class ShardedState:
                 tensors["ema"] = self.averaged[name]
             for group, local in tensors.items():
                 yield TensorPart(group, name, shard.shape, shard.start, local, shard.owned)
+
+    def unsaved(self) -> Iterator[TensorPart]:
+        """The parameters that `parts` leaves out."""
+        for name, shard in self._shards.items():
+            if not shard.saved:
+                yield TensorPart("parameter", name, shard.shape, shard.start, shard.local, shard.owned)
 
     def counters(self) -> dict[str, float]:
         """optimizer_step: updates made (skipped steps do not count); ema_decay: the decay rate k in force."""

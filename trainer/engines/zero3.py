@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from configs.schema import Ema as EmaOptions
 from configs.schema import Optimizer as OptimizerOptions
 from trainer.engines import optim, partition, refusals, sharding
+from trainer.engines.adapted import adapters_of, arranged, needs_second_module
 from trainer.engines.autocast import compute_in_bfloat16
 from trainer.engines.distributed import default_device
 from trainer.engines.networks import Networks
@@ -69,14 +70,14 @@ class Zero3(ShardedEngine):
         device: torch.device | None = None,
         load: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        _check(options, ema, teacher)
+        _check(options, ema, teacher, adapted=adapters_of(backbone) is not None)
         self.device = device or default_device()
         optim.refuse(optimizer, torch.device("cpu") if options.offload_optimizer else self.device)
         self._ranks = dist.get_world_size()
         sharding.prepare_parameters(backbone)
         if next(backbone.parameters()).dtype != torch.float32:
             raise ValueError("DeepSpeed has no float64 training: set model.dtype=float32, or engine.name=fsdp2")
-        separate = copy.deepcopy(backbone).requires_grad_(False) if teacher != "online" else None
+        separate = copy.deepcopy(backbone).requires_grad_(False) if needs_second_module(backbone, teacher) else None
         self._deepspeed = partition.join(self.device)
         config = _configuration(options, self.device)
         self._online = self._initialize(backbone, options, config, load)
@@ -84,12 +85,12 @@ class Zero3(ShardedEngine):
         if separate is not None:
             self._teacher = self._initialize(separate, options, config, self._copy_online)
         self._masters = partition.Stage3(self._online) if options.stage == 3 else partition.Stage2(self._online)
-        averaged = None
+        shards, averaged = arranged(self._masters.shards(), backbone)
         if teacher == "ema" and self._teacher is not None:
             averaged = {name: part.local for name, part in partition.parts(self._teacher.module).items()}
-        state = ShardedState(self._masters.shards(), optimizer, ema.decay, averaged)
+        state = ShardedState(shards, optimizer, ema.decay, averaged)
         networks = Networks(self._online, self._teacher)
-        super().__init__(self._online.module, networks, state, self._teacher if averaged else None)
+        super().__init__(self._online.module, networks, state, self._teacher if teacher == "ema" else None)
         self._with_gradient: set[str] = set()
         self._watch_gradients()
 
@@ -153,7 +154,7 @@ class Zero3(ShardedEngine):
         self._masters.publish()
 
 
-def _check(options: Zero3Options, ema: EmaOptions, teacher: str) -> None:
+def _check(options: Zero3Options, ema: EmaOptions, teacher: str, adapted: bool) -> None:
     refusals.refuse_dtypes(options)
     refusals.refuse_teacher(teacher, ema)
     if options.stage not in (2, 3):
@@ -165,7 +166,9 @@ def _check(options: Zero3Options, ema: EmaOptions, teacher: str) -> None:
         for knob in ("offload_optimizer", "offload_parameters"):
             if getattr(options, knob):
                 raise ValueError(f"engine.{knob} needs partitioned parameters: set engine.stage=3")
-        if teacher != "online":
+        if adapted and teacher == "ema":
+            raise ValueError("averaged adapters as the teacher need partitioned parameters: set engine.stage=3")
+        if teacher != "online" and not adapted:
             raise ValueError(
                 f"a separate teacher ({teacher}) in stage 2 would be a second whole model on every rank: set "
                 "engine.stage=3, or objective.teacher=online"

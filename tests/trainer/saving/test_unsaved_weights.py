@@ -14,7 +14,7 @@ from tests.trainer.engines import toy
 from tests.trainer.saving.parts import alone, small_engine
 from trainer.engines.fsdp2 import FSDP2
 from trainer.objectives.objective import ONLINE, TEACHER
-from trainer.saving import frozen_teacher
+from trainer.saving import unsaved_weights
 from trainer.saving.certificate import CheckpointError
 
 
@@ -30,7 +30,7 @@ def _velocities(engine: FSDP2) -> list[torch.Tensor]:
 
 def _train_and_save(folder: str) -> Any:
     engine, checkpoints = small_engine("frozen"), alone(Path(folder))
-    initial = frozen_teacher.fingerprint(engine.parts())
+    initial = unsaved_weights.fingerprints(engine, "frozen")
     for step in range(3):
         rows = toy.cut(toy.batch(12, step, torch.float32), dist.get_rank(), dist.get_world_size())
         weights = torch.full((len(rows["t"]),), ONLINE)
@@ -39,12 +39,12 @@ def _train_and_save(folder: str) -> Any:
         engine.step(0.02)
     checkpoints.save(engine, 3, seconds=0.0)
     checkpoints.finish()
-    return initial, _velocities(engine), frozen_teacher.fingerprint(engine.parts())
+    return initial, _velocities(engine), unsaved_weights.fingerprints(engine, "frozen")
 
 
 def _resume(folder: str) -> Any:
     engine, checkpoints = small_engine("frozen"), alone(Path(folder))
-    initial = frozen_teacher.fingerprint(engine.parts())
+    initial = unsaved_weights.fingerprints(engine, "frozen")
     assert checkpoints.resume(engine).step == 3
     return initial, _velocities(engine)
 
@@ -56,7 +56,7 @@ def test_a_resumed_run_has_the_trained_network_and_the_initial_teacher(tmp_path:
         again, (resumed, same_teacher) = run_ranks(_resume, ranks, str(tmp_path))[0]
         assert torch.allclose(resumed, online, atol=1e-6)
         assert torch.allclose(same_teacher, teacher, atol=1e-6)
-        frozen_teacher.check(again, initial, "model")
+        unsaved_weights.check(again, initial, "model")
     with pytest.raises(CheckpointError, match=r"weights in model .*not those that this run was started with.*--fresh"):
-        frozen_teacher.check(trained, initial, "model")
-    frozen_teacher.check(trained, None, "model")  # of a checkpoint that does not say
+        unsaved_weights.check(trained, initial, "model")
+    unsaved_weights.check(trained, {}, "model")  # of a checkpoint that does not say

@@ -1,0 +1,128 @@
+"""Adapters as the file that `pipe.load_lora_weights` reads, and merged into the base model.
+
+For an export: `save(folder, state, options)` writes the adapters alone, `merge(state, base, options)` gives the weights
+of a model without adapters. state: tensors by parameter name, adapters among them (`Engine.full_state`, or the groups
+`parameter` and `ema` of a checkpoint, whose names are the same).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.schema import Lora
+from models.lora import ONLINE, Adapters, alpha
+from models.weights import CheckpointError
+
+FILE = "pytorch_lora_weights.safetensors"
+"""The name that diffusers looks for in a folder."""
+PREFIX = "transformer."
+_DIFFUSERS, _OURS = "lora_adapter_metadata", "twinflow_lora"
+"""Entries of the file's header: peft's configuration as diffusers writes it, and ours."""
+
+
+@dataclass(frozen=True)
+class SavedAdapters:
+    """tensors: by parameter name; options: rank, alpha and, where one of our runs wrote the file, the variant."""
+
+    tensors: dict[str, Tensor]
+    options: Lora
+
+
+def save(folder: str | Path, state: Mapping[str, Tensor], options: Lora) -> Path:
+    """Write the adapters among `state`, in their dtype; the file, there complete or not at all.
+
+    Raises:
+        FileExistsError: the file exists. ValueError: no adapters.
+    """
+    file = Path(folder) / FILE
+    if file.exists():
+        raise FileExistsError(f"{file} exists; choose another folder or remove it")
+    tensors = {_diffusers_name(name): state[name].detach().contiguous() for name in state if Adapters.holds(name)}
+    if not tensors:
+        raise ValueError("there are no adapters to save: the model was trained in full (lora.rank null)")
+    assert options.rank is not None
+    layers = sorted({name.removeprefix(PREFIX).split(".lora_")[0] for name in tensors})
+    described = {"r": options.rank, "lora_alpha": alpha(options), "target_modules": layers}
+    header = {
+        "format": "pt",
+        _DIFFUSERS: json.dumps({f"{PREFIX}{key}": value for key, value in described.items()}, sort_keys=True),
+        _OURS: json.dumps({"variant": options.variant}),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        save_file(tensors, partial, metadata=header)
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
+
+
+def read(path: str | Path) -> SavedAdapters:
+    """Adapters of a file, or of a folder that holds FILE, as `save` or diffusers wrote them.
+
+    Raises:
+        CheckpointError: no such file, not readable, or other tensors than the adapters of a transformer.
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    try:
+        with safe_open(file, framework="pt", device="cpu") as reader:
+            header = reader.metadata() or {}
+            tensors = {_our_name(name): reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as adapters ({error}); name a .safetensors file") from error
+    foreign = [name for name in tensors if not Adapters.holds(name)]
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    if foreign or len(ranks) != 1:
+        what = f"tensors like {foreign[0]}" if foreign else f"adapters of ranks {sorted(ranks)}"
+        raise CheckpointError(f"{file} holds {what}; it must hold the adapters of one rank of a diffusers transformer")
+    rank = ranks.pop()
+    scaled = json.loads(header.get(_DIFFUSERS, "{}")).get(f"{PREFIX}lora_alpha", rank)
+    variant = json.loads(header.get(_OURS, "{}")).get("variant", Lora.variant)
+    return SavedAdapters(tensors, Lora(rank=rank, alpha=scaled, variant=variant))
+
+
+@torch.no_grad()
+def merge(state: Mapping[str, Tensor], base: Mapping[str, Tensor], options: Lora) -> dict[str, Tensor]:
+    """The base weights (by their names in a model without adapters) with alpha / rank B A added, in their dtypes.
+
+    Computed in float32, in float64 for float64 weights. Only adapted weights are new tensors. The result computes what
+    adapters and base compute; of the variant single_time it is still to be asked at t - r/2 in place of t.
+
+    Raises:
+        KeyError: an adapter for a weight that the base has not.
+    """
+    merged = dict(base)
+    for name, first in state.items():
+        if Adapters.holds(name) and ".lora_A." in name:
+            plain = name.replace(f".lora_A.{ONLINE}.", ".")
+            wide = torch.promote_types(base[plain].dtype, torch.float32)
+            second = state[name.replace(".lora_A.", ".lora_B.")]
+            added = alpha(options) / len(first) * (second.to(wide) @ first.to(wide))
+            merged[plain] = (base[plain].to(wide) + added).to(base[plain].dtype)
+    return merged
+
+
+def _diffusers_name(name: str) -> str:
+    return PREFIX + name.replace(f".{ONLINE}.weight", ".weight")
+
+
+def _our_name(name: str) -> str:
+    name = name.removeprefix(PREFIX)
+    return name if Adapters.holds(name) else name.removesuffix("weight") + f"{ONLINE}.weight"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
