@@ -82,7 +82,8 @@ class Encoder:
 class InitFrom:
     path: str | None = None
     """Weights that a new run starts from in place of model.path's: a run's folder, one of its checkpoints, or a diffusers
-    folder (an export, a published TwinFlow checkpoint), on disk or s3://. The optimizer starts fresh."""
+    folder (an export, a published TwinFlow checkpoint), on disk or s3://. The optimizer starts fresh. With lora.rank it
+    may hold adapters, which go on, or a whole model, which becomes their base (and must stay to resume)."""
     weights: str = "ema"
     """ema | online: which weights of a run."""
 
@@ -257,3 +258,18 @@ class Config:
     """Objective by name and its options (trainer/objectives/<name>.py)."""
     engine: dict[str, Any] = field(default_factory=lambda: {"name": "fsdp2"})
     """Sharding engine by name and its options (trainer/engines/<name>.py)."""
+    lora: Lora = field(default_factory=Lora)
+    init_from: InitFrom = field(default_factory=InitFrom)
+    guidance: Guidance = field(default_factory=Guidance)
+    data: Data = field(default_factory=Data)
+    encoder: Encoder = field(default_factory=Encoder)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    ema: Ema = field(default_factory=Ema)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    sample: Sample = field(default_factory=Sample)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    tracking: Tracking = field(default_factory=Tracking)
+    profile: Profile = field(default_factory=Profile)
+    runtime: Runtime = field(default_factory=Runtime)

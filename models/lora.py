@@ -133,6 +133,13 @@ def alpha(options: Lora) -> int:
     return options.rank if options.alpha is None else options.alpha
 
 
+def described(options: Lora) -> dict[str, Any]:
+    """What tells one set of adapters from another; empty where the model is trained in full."""
+    if options.rank is None:
+        return {}
+    return {"rank": options.rank, "alpha": alpha(options), "variant": options.variant}
+
+
 def layers(backbone: nn.Module) -> dict[str, Any]:
     """The adapted layers by name."""
     return {name: module for name, module in backbone.named_modules() if isinstance(module, LoraLinear)}
@@ -185,14 +192,18 @@ def initialise(
     targets: dict[str, list[Any]] = {}
     for name, tensor in backbone.state_dict(keep_vars=True).items():
         if weights.ADAPTER.search(name):
-            online = weights.ADAPTER.sub(rf".\1.{ONLINE}.weight", weights.plain_name(name))
-            targets.setdefault(online, []).append(getattr(tensor, "flat_part", tensor))
+            targets.setdefault(online_name(name), []).append(getattr(tensor, "flat_part", tensor))
     if given is not None:
         _refuse_misfits(given, {name: tuple(places[0].shape) for name, places in targets.items()})
     for name, places in targets.items():
         value = given[name] if given is not None else _first_value(name, tuple(places[0].shape), seed, scatter)
         for place in places:
             weights.fill(place, value)
+
+
+def online_name(name: str) -> str:
+    """Of a parameter of any adapter: its name in the online one, without wrappers."""
+    return weights.ADAPTER.sub(rf".\1.{ONLINE}.weight", weights.plain_name(name))
 
 
 def _first_value(name: str, shape: tuple[int, ...], seed: int, scatter: bool) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ _DIFFUSERS, _OURS = "lora_adapter_metadata", "twinflow_lora"
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """tensors: by parameter name; options: rank, alpha and, where one of our runs wrote the file, the variant."""
+    """tensors: by parameter name; options: rank, alpha and variant (in files of others as their tensors show it)."""
 
     tensors: dict[str, Tensor]
     options: Lora
@@ -88,7 +89,9 @@ def read(path: str | Path) -> SavedAdapters:
         raise CheckpointError(f"{file} holds {what}; it must hold the adapters of one rank of a diffusers transformer")
     rank = ranks.pop()
     scaled = json.loads(header.get(_DIFFUSERS, "{}")).get(f"{PREFIX}lora_alpha", rank)
-    variant = json.loads(header.get(_OURS, "{}")).get("variant", Lora.variant)
+    two_times = any(re.search(r"embed(der)?_2\.", name) for name in tensors)
+    of_others = "second_embedding" if two_times else "single_time"
+    variant = json.loads(header.get(_OURS, "{}")).get("variant", of_others)
     return SavedAdapters(tensors, Lora(rank=rank, alpha=scaled, variant=variant))
 
 

@@ -74,11 +74,16 @@ def plain_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
+def base_name(name: str) -> str:
+    """A parameter's name in the model without wrappers and adapters."""
+    return plain_name(name).replace(".base_layer.", ".")
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers of the base model, by the name that they have without wrappers and adapters."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not ADAPTER.search(name):
-            yield plain_name(name).replace(".base_layer.", "."), tensor
+            yield base_name(name), tensor
 
 
 def flat_parts(model: nn.Module) -> dict[str, FlatPart]:
