@@ -95,6 +95,11 @@ class ShardCache:
             return _open_local(local, item.size)
         return _open_used(self.path(item))
 
+    def mark_used(self, item: Object, file: BinaryIO) -> None:
+        """Say that the object, open as `file`, is still in use: what was used longest ago is evicted first."""
+        if item.folder.local_path(item.name) is None:
+            os.utime(file.fileno())
+
     def holds(self, item: Object) -> bool:
         """Whether `open` would find the object on this machine."""
         return item.folder.local_path(item.name) is not None or self.path(item).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,9 @@ from data.workers import Companion, Progress, obey, worker_context
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 2.0
+# A hand-over between processes takes half a millisecond, whatever it holds: where the prefetch is deep, several steps
+# share one. A loader process still has so many hand-overs ahead.
+_HAND_OVERS = 8
 
 
 class Loader:
@@ -105,27 +109,29 @@ class Loader:
         return self._start(read)
 
     def _start(self, read: Read | None) -> Iterator[Any]:
-        progress, look_ahead = None, None
+        progress, look_ahead, together = None, None, 1
         options: dict[str, Any] = {}
         if self.workers:
             context = worker_context()
             progress = Progress(context, self.workers)
+            together = max(1, self.prefetch // _HAND_OVERS)
             options = {
                 "multiprocessing_context": context,
-                "prefetch_factor": self.prefetch,
+                "prefetch_factor": self.prefetch // together,
                 "worker_init_fn": obey,
             }
             look_ahead = self._look_ahead(context)
-        self._dataset.progress, self._dataset.read = progress, read
+        self._dataset.progress, self._dataset.read, self._dataset.together = progress, read, together
         loader = DataLoader(
             self._dataset,
             sampler=self.steps,
-            batch_size=None,
+            batch_size=together,
+            collate_fn=list,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-        return self._batches(iter(loader), progress, look_ahead)
+        return self._batches(itertools.chain.from_iterable(loader), progress, look_ahead)
 
     def _look_ahead(self, context: Any) -> Companion | None:
         """The process that fetches shards for this node; None where another rank has it or whole shards are not used."""

@@ -227,6 +227,8 @@ class Order:
         done = [self._batches(number, epoch) for number in range(len(self.streams))]
         counts = np.array([self._batches(n, epoch + 1) - before for n, before in enumerate(done)], dtype=np.int64)
         place, total = step - sum(done), int(counts.sum())
+        if len(counts) == 1:
+            return epoch, 0, place, total
         # A stream has between x c - 1 and x c + 1 batches before the part x of the epoch, so the batch at `place` lies
         # within one batch per stream of the part place / total; the second one covers rounding.
         slack = 2 * len(counts) + 2

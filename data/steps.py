@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
 from data.batch import Batch, Replacement, collate
@@ -25,7 +24,7 @@ from data.workers import Progress
 
 _INDEXES = 512
 # Finding the references of a step costs some hundred microseconds, however few rows it has.
-_AT_ONCE = 16
+_ROWS_AT_ONCE = 2048
 
 Read = Callable[[int, Shard, Index, int], Any]
 """Makes something of sample `int` of a shard open as file descriptor `int`; a function that processes can be sent."""
@@ -51,7 +50,8 @@ class RawBatch:
 class Steps(Dataset[Any]):
     """Item s is this rank's Batch of global step s, or its RawBatch where `read` is set.
 
-    ranged: members are fetched in place of whole shards; stop: the step after the last.
+    ranged: members are fetched in place of whole shards; stop: the step after the last. together: steps in a row that one
+    loader process makes.
     """
 
     def __init__(
@@ -72,7 +72,9 @@ class Steps(Dataset[Any]):
         self.flip, self.ranged, self.stop = flip, ranged, stop
         self.read: Read | None = None
         self.progress: Progress | None = None
+        self.together = 1
         self._indexes: OrderedDict[int, Index] = OrderedDict()
+        self._files: dict[int, BinaryIO] = {}
         self._ahead: dict[int, References] = {}
 
     def __getitem__(self, step: int) -> Batch | RawBatch | Failure:
@@ -117,13 +119,18 @@ class Steps(Dataset[Any]):
         """References of a step. Those of the next ones that this process makes are found with them."""
         if step not in self._ahead:
             worker = get_worker_info()
-            steps = range(step, self.stop, worker.num_workers if worker else 1)[:_AT_ONCE]
+            stride = self.together * (worker.num_workers if worker else 1)
+            firsts = range(step, self.stop, stride)[: 1 + _ROWS_AT_ONCE // (len(self.rows) * self.together)]
+            steps = [s for first in firsts for s in range(first, min(first + self.together, self.stop))]
             self._ahead = dict(zip(steps, self.order.several(steps, self.rows), strict=True))
         return self._ahead[step]
 
     def _open(self, step: int, references: References) -> Iterator[tuple[int, list[int], Source]]:
         """The shards of a step one by one: number, rows of this rank that are in it, and the shard to read from."""
-        rows_of = {n: np.flatnonzero(references.shard == n).tolist() for n in np.unique(references.shard).tolist()}
+        rows_of: dict[int, list[int]] = {}
+        for row, shard in enumerate(references.shard.tolist()):
+            rows_of.setdefault(shard, []).append(row)
+        self._close_all_but(rows_of.keys())
         with contextlib.ExitStack() as stack:
             # Where members are fetched, those of all shards are asked for before the first is waited for.
             ranged = {
@@ -134,8 +141,20 @@ class Steps(Dataset[Any]):
                 if number in ranged:
                     yield number, rows, ranged[number]
                 else:
-                    with self.cache.get(tar_of(self.manifest.shards[number], self.folders)) as file:
-                        yield number, rows, WholeShard(file.fileno())
+                    yield number, rows, WholeShard(self._file(number).fileno())
+
+    def _file(self, number: int) -> BinaryIO:
+        """The tar of a shard. It stays open while step after step reads it; an open file survives its eviction."""
+        tar = tar_of(self.manifest.shards[number], self.folders)
+        if number in self._files:
+            self.cache.mark_used(tar, self._files[number])
+        else:
+            self._files[number] = self.cache.get(tar)
+        return self._files[number]
+
+    def _close_all_but(self, shards: Collection[int]) -> None:
+        for number in [number for number in self._files if number not in shards]:
+            self._files.pop(number).close()
 
     def _begin(self, number: int, rows: list[int], references: References) -> RangedShard | None:
         """Start to fetch the members of these rows; None where the shard is read whole, or lies here already."""

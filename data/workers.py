@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 # Whoever stops a run by signal means the rank: it finishes its step and needs its loaders until then.
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_LOOK_S = 1.0
 
 
 class Reading(NamedTuple):
@@ -69,12 +70,16 @@ class Companion:
 
     def __init__(self, context: Any, work: Callable[[Callable[[], int]], None], step: int) -> None:
         self._step = context.RawValue(ctypes.c_int64, step)
+        self._looked = time.monotonic()
         self._process = context.Process(target=_accompany, args=(work, self._step), daemon=True)
         self._process.start()
 
     def tell(self, step: int) -> bool:
-        """Say the step; False where the process has died."""
+        """Say the step; False where the process is known to have died, for which it is looked at once a second."""
         self._step.value = step
+        if (now := time.monotonic()) - self._looked < _LOOK_S:
+            return True
+        self._looked = now
         return self._process.exitcode in (None, 0)
 
     def end(self) -> None:

@@ -68,11 +68,12 @@ def test_keys_follow_the_order(order: Order, manifest: Manifest, digits_folder: 
     assert set(batch.own_epochs) == {1}
 
 
-def test_resumed_and_worker_fed_loaders_give_the_same_batches(order: Order, manifest: Manifest) -> None:
+@pytest.mark.parametrize("prefetch", [2, 24])  # one and three steps to a hand-over
+def test_resumed_and_worker_fed_loaders_give_the_same_batches(order: Order, manifest: Manifest, prefetch: int) -> None:
     whole = list(Loader(order, manifest, steps=14))
     resumed = list(Loader(order, manifest, start_step=9, steps=14))
     assert all(same(a, b) for a, b in zip(whole[9:], resumed, strict=True))
-    fed = list(Loader(order, manifest, start_step=9, steps=14, workers=2, prefetch=2))
+    fed = list(Loader(order, manifest, start_step=9, steps=14, workers=2, prefetch=prefetch))
     assert all(same(a, b) for a, b in zip(resumed, fed, strict=True))
 
 
