@@ -117,6 +117,7 @@ def content(step: int) -> dict[str, torch.Tensor]:
 
 
 def killed_saves(positions: int) -> list[str]:
+    torch.set_num_threads(1)  # a forked child waits for ever for the threads of its parent's pool
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
         folder = Path(name)
         first = Checkpoints(folder, Checkpoint(keep_last=1), {}).write(5, parts_of(content(5)), {})
