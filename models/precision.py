@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
@@ -74,6 +74,29 @@ class SingleStreamAttentionKeepingFloat64(ZSingleStreamAttnProcessor):
         return result
 
 
+class LinearAttentionKeepingFloat64(SanaLinearAttnProcessor2_0):
+    """diffusers' linear attention of SANA, which is float32 for every input dtype but float64."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if hidden_states.dtype != torch.float64:
+            result: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+            return result
+        projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
+        query, key = (norm(x) if norm else x for norm, x in zip((attn.norm_q, attn.norm_k), projected, strict=False))
+        query, key = query.relu(), key.relu()
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, projected[2]))
+        state = key.mT @ torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+        read = query @ state
+        out: Tensor = attn.to_out[0]((read[..., :-1] / (read[..., -1:] + 1e-15)).transpose(1, 2).flatten(2))
+        return out
+
+
 class _RotatingNorms:
     """View of an attention module whose query and key norms also apply the rotary embedding, in float64."""
 
@@ -103,5 +126,7 @@ def keep_float64(model: nn.Module) -> None:
             module.__class__ = RMSNormKeepingFloat64
         if isinstance(module, Attention) and type(module.processor) is QwenDoubleStreamAttnProcessor2_0:
             module.set_processor(JointAttentionKeepingFloat64())
+        if isinstance(module, Attention) and type(module.processor) is SanaLinearAttnProcessor2_0:
+            module.set_processor(LinearAttentionKeepingFloat64())
         if isinstance(module, Attention) and type(module.processor) is ZSingleStreamAttnProcessor:
             module.set_processor(SingleStreamAttentionKeepingFloat64())

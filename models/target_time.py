@@ -17,6 +17,9 @@ import torch
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
+SINUSOID = 256
+"""Features of a time in every backbone."""
+
 
 class Sinusoid(Timesteps):
     """Sinusoidal features of times [B] -> [B, num_channels], float32; float64 for float64 times.

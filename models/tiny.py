@@ -21,9 +21,9 @@ from torch import Tensor
 from models.backbone import Conditioning
 
 MARKER = "tiny.json"
-PRESETS = {"digits": "qwen_image", "pipeline": "qwen_image", "z_image": "z_image"}
+PRESETS = {"digits": "qwen_image", "pipeline": "qwen_image", "sd3": "sd3", "z_image": "z_image", "sana": "sana"}
 """Preset -> module of models/tiny_pipelines that builds it."""
-SMALLEST = {"qwen_image": "pipeline", "z_image": "z_image"}
+SMALLEST = {"qwen_image": "pipeline", "sd3": "sd3", "z_image": "z_image", "sana": "sana"}
 """Backbone (models/backbones) -> preset of its smallest model."""
 
 

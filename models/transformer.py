@@ -44,6 +44,7 @@ class TransformerBackbone(TargetTime):
     text_class: ClassVar[type[TextEncoder]]
     latents_class: ClassVar[type[LatentEncoder]]
     masked_text: ClassVar[bool] = True
+    takes_references: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]]
     pixels_per_latent: int
     config: Any
@@ -139,6 +140,10 @@ class TransformerBackbone(TargetTime):
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def _check(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
+        if cond.references and not self.takes_references:
+            raise NotImplementedError(
+                f"reference latents (image editing) are not supported by this {self.family} backbone"
+            )
         rows, channels, height, width = x_t.shape
         if channels != self.latent_channels or height % self.patch or width % self.patch:
             raise ValueError(

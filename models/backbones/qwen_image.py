@@ -16,9 +16,9 @@ from models import attention
 from models.backbone import Conditioning
 from models.encoders.qwen_image import QwenImageLatents, QwenImageText
 from models.precision import keep_float64
+from models.target_time import SINUSOID
 from models.transformer import TransformerBackbone, TransformerOptions
 
-SINUSOID = 256  # features of a time
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
@@ -114,11 +114,6 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
         return (
             {"packing": attention.pack(nn.functional.pad(mask, (0, image_tokens), value=True))} if self._packs else None
         )
-
-    def _check(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
-        if cond.references:
-            raise NotImplementedError("reference latents (image editing) are not supported by this Qwen-Image backbone")
-        super()._check(x_t, t, cond)
 
     def chained_inputs(self) -> Sequence[str]:
         return ("encoder_hidden_states", "hidden_states")

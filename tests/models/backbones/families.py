@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import QwenImagePipeline, QwenImageTransformer2DModel, ZImageTransformer2DModel
-from torch import Tensor
+from diffusers import (
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
+from torch import Tensor, nn
 
 from models.backbone import Conditioning
 from models.backbones.qwen_image import QwenImage
+from models.backbones.sana import Sana
+from models.backbones.sd3 import SD3
 from models.backbones.z_image import ZImage
 
 Rows = tuple[Tensor, Tensor, Tensor, Conditioning]
@@ -22,8 +30,9 @@ Rows = tuple[Tensor, Tensor, Tensor, Conditioning]
 class Family:
     """preset: of its tiny model; text: real text tokens of three rows; plain: the velocity at t of the diffusers model
     in a folder, as its pipeline calls it; block: one whose output has the dtype of the blocks; root: modules outside the
-    blocks; idle: parameters without gradient; size,
-    second: parameters of the published transformer without E2, and of E2."""
+    blocks; idle: parameters without gradient; size, second: parameters of the published transformer without E2, and of
+    E2; config: where it is not the diffusers class's default; latent: of an image of 1024 x 768 pixels; second_time:
+    what E2 takes."""
 
     backbone: Any
     preset: str
@@ -34,6 +43,9 @@ class Family:
     idle: int
     size: int
     second: int
+    config: dict[str, Any] = field(default_factory=dict)
+    latent: tuple[int, int, int] = (16, 128, 96)
+    second_time: Callable[[Tensor, Tensor], Tensor] = lambda t, r: r
 
     def load(self, folder: Path) -> Any:
         model = self.backbone.from_folder(folder, device="cpu")
@@ -47,7 +59,8 @@ class Family:
         t = torch.tensor([0.9, 0.5, -0.3])
         embeds = torch.randn(3, max(self.text), model.text_width, generator=generator)
         mask = torch.arange(max(self.text)) < torch.tensor(self.text)[:, None]
-        return x_t, t, t * 0.25, Conditioning(embeds, mask)
+        pooled = None if model.pooled_width is None else torch.randn(3, model.pooled_width, generator=generator)
+        return x_t, t, t * 0.25, Conditioning(embeds, mask, pooled)
 
 
 def _qwen_image(folder: Path, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -62,6 +75,19 @@ def _qwen_image(folder: Path, x_t: Tensor, t: Tensor, cond: Conditioning) -> Ten
         return_dict=False,
     )[0]
     velocity: Tensor = QwenImagePipeline._unpack_latents(tokens, height, width, 1)[:, :, 0]
+    return velocity
+
+
+def _sd3(folder: Path, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    base = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    velocity: Tensor = base(x_t, cond.embeds, cond.pooled, timestep=t * 1000, return_dict=False)[0]
+    return velocity
+
+
+def _sana(folder: Path, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    base = SanaTransformer2DModel.from_pretrained(folder / "transformer")
+    time = t * 1000 * base.config.timestep_scale
+    velocity: Tensor = base(x_t, cond.embeds, time, encoder_attention_mask=cond.mask, return_dict=False)[0]
     return velocity
 
 
@@ -84,6 +110,40 @@ FAMILIES = {
         size=20_430_401_088,
         second=10_229_760,
     ),
+    # Texts are of one length, and there is no mask.
+    "sd3": Family(
+        SD3,
+        "sd3",
+        (5, 5, 5),
+        _sd3,
+        "transformer_blocks.0.ff",
+        ("time_text_embed", "time_text_embed_2", "pos_embed", "context_embedder", "norm_out", "proj_out"),
+        idle=0,
+        size=2_243_171_520,
+        second=8_263_680,
+        config={
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        second_time=lambda t, r: r * 1000,
+    ),
+    "sana": Family(
+        Sana,
+        "sana",
+        (5, 3, 1),
+        _sana,
+        "transformer_blocks.0.ff",
+        ("time_embed", "time_embed_2", "patch_embed", "caption_projection", "norm_out", "proj_out"),
+        idle=0,
+        size=1_604_462_752,
+        second=35_714_560,
+        latent=(32, 32, 24),
+        second_time=lambda t, r: r * 1000,
+    ),
     # Text is padded to multiples of 32 tokens that all are attended to: masks begin beyond.
     "z_image": Family(
         ZImage,
@@ -95,5 +155,18 @@ FAMILIES = {
         idle=0,
         size=6_154_908_736,
         second=525_568,
+        second_time=lambda t, r: t - r,
     ),
 }
+
+
+def first(model: Any) -> nn.Module:
+    """E1."""
+    found: nn.Module = getattr(model, model.time_embedding)
+    return found
+
+
+def second(model: Any) -> nn.Module:
+    """E2."""
+    found: nn.Module = getattr(model, f"{model.time_embedding}_2")
+    return found
