@@ -140,6 +140,14 @@ def described(options: Lora) -> dict[str, Any]:
     return {"rank": options.rank, "alpha": alpha(options), "variant": options.variant}
 
 
+def summary(backbone: nn.Module) -> str:
+    """Words on what is trained."""
+    sizes = {name: p.numel() for name, p in backbone.named_parameters() if not name.endswith(f".{AVERAGED}.weight")}
+    trained = sum(size for name, size in sizes.items() if Adapters.holds(name))
+    rest = sum(sizes.values()) - trained
+    return f"{trained / 1e6:.4g} M parameters on {len(layers(backbone))} layers, trained beside {rest / 1e6:.6g} M frozen ones"
+
+
 def layers(backbone: nn.Module) -> dict[str, Any]:
     """The adapted layers by name."""
     return {name: module for name, module in backbone.named_modules() if isinstance(module, LoraLinear)}

@@ -1,8 +1,9 @@
 """Adapters as the file that `pipe.load_lora_weights` reads, and merged into the base model.
 
-For an export: `save(folder, state, options)` writes the adapters alone, `merge(state, base, options)` gives the weights
-of a model without adapters. state: tensors by parameter name, adapters among them (`Engine.full_state`, or the groups
-`parameter` and `ema` of a checkpoint, whose names are the same).
+For an export (trainer/initial_weights.py restores a run's checkpoint into a backbone): `save(folder, state, options)`
+writes the adapters alone, `merge(state, base, options)` gives the weights of a model without adapters. state: tensors by
+parameter name, adapters among them (`Engine.full_state`, or the groups `parameter` and `ema` of a checkpoint, whose names
+are the same).
 """
 
 from __future__ import annotations

@@ -87,6 +87,7 @@ def build_run(
     backbone = backbone_class.from_folder(model.path, latents=model.latents, dtype=getattr(torch, model.dtype))
     if config.lora.rank is not None:
         lora.add(backbone, config.lora, objective.teacher)
+        log.info("adapters: %s", lora.summary(backbone))
     engine_class, engine_options = plugin("engine", config.engine)
     kernel = use_attention(backbone, model, engine_options.block_dtype, world.device)
     metadata = {**certificate(config, world, order, steps), "attention": kernel}

@@ -62,6 +62,13 @@ def loader(config: Config, resumes: bool, teacher: str) -> Callable[[Any], None]
     return load
 
 
+def restore_adapters(config: Config, source: CheckpointReader, which: str, module: Any) -> None:
+    """Fill a (sharded) backbone that carries the adapters of `config.lora`, the base too, with the state of one of that
+    run's checkpoints; for sampling and export. which: ema | online."""
+    loader(config, resumes=True, teacher="online")(module)
+    fill(module, source, which, of_adapters=True)
+
+
 def _given(config: Config, path: str) -> Source:
     """What init_from.path holds: a run, adapters as diffusers reads them, or a model folder."""
     endpoint_url = config.checkpoint.endpoint_url or config.data.endpoint_url

@@ -41,6 +41,10 @@ class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
 
     family, class_name = "Z-Image", "ZImageTransformer2DModel"
     text_class, latents_class = ZImageText, ZImageLatents
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("t_embedder.mlp.0", "t_embedder.mlp.2", "t_embedder_2.mlp.0", "t_embedder_2.mlp.2"),
+    )
 
     def __init__(
         self,

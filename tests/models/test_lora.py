@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch import Tensor
 
 from configs.schema import Lora
-from models import lora, lora_files, weights
+from models import lora, lora_files, tiny, weights
 from models.backbones.qwen_image import QwenImage
 from models.weights import CheckpointError
 from tests.models.conftest import Rows
 from trainer.engines.autocast import compute_in_bfloat16
+from trainer.plugins import plugin
 
 OPTIONS = Lora(rank=3, alpha=2)
 
@@ -196,6 +197,30 @@ def test_plain_diffusers_draws_the_same_with_the_saved_adapters(
     pipeline.load_lora_weights(tmp_path)
     assert (draw(pipeline, noise) - own).abs().max() <= 1e-5
     assert (untrained - own).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", sorted(tiny.SMALLEST))
+@torch.no_grad()
+def test_diffusers_finds_a_place_for_every_adapter(name: str, tmp_path: Path) -> None:
+    """Of every backbone: what the pipeline makes of the file is what `merge` makes of the weights."""
+    tiny.write(tmp_path / "model", tiny.SMALLEST[name], seed=0)
+    options = Lora(rank=2, alpha=3, variant="single_time")
+    backbone_class, _ = plugin("model", {"name": name})
+    model = backbone_class.from_folder(tmp_path / "model")
+    lora.add(model, options, "online")
+    model.to_empty(device="cpu")
+    model.load(str(tmp_path / "model"))
+    lora.initialise(model, seed=1, scatter=True)
+    lora_files.save(tmp_path, model.state_dict(), options)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
+    expected = lora_files.merge(model.state_dict(), dict(pipeline.transformer.state_dict()), options)
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    found = pipeline.transformer.state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
 @torch.no_grad()

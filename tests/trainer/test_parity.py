@@ -94,6 +94,15 @@ def test_adapters_tell_the_rows_of_one_pass_apart(subject: Subject, options: lis
     assert verdict.ok, (verdict, explanation)
 
 
+@pytest.mark.parametrize("model", ["sana", "sd3", "z_image"])
+def test_adapters_tell_rows_apart_in_every_backbone(model: str, tmp_path: Path) -> None:
+    options = [f"model.name={model}", "lora.rank=3", "guidance.scale=2", "objective.teacher=frozen"]
+    adapted = Subject(load.load([SMOKE], options), parity.tiny_folder(model, tmp_path / "model"), rows=16)
+    case = replace(CASE, ranks=1, accumulation=1)
+    verdict, explanation = parity.examine(adapted, case, parity_step.reference(adapted, case.dtype))
+    assert verdict.ok, (verdict, explanation)
+
+
 def test_a_parameter_without_gradient_is_named_by_the_engine(
     monkeypatch: pytest.MonkeyPatch, subject: Subject, expected: Measured
 ) -> None:
