@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from diffusers.models.transformers import transformer_qwenimage
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor, nn
 
@@ -163,3 +164,13 @@ def unpack(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     """Inverse of `pack`."""
     blocks = tokens.unflatten(1, (height // patch, width // patch)).unflatten(3, (-1, patch, patch))
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
+
+
+def text_length(embeds: Tensor, mask: Tensor | None) -> tuple[int, None, Tensor | None]:
+    """Padded length of texts [B, S, D], and their mask [B, S] as bool."""
+    return embeds.shape[1], None, None if mask is None else mask.bool()
+
+
+# In place of diffusers' own, which also finds the length of every text: nobody reads those, and for a number that it
+# copies to the device on the way the host waits in every pass.
+transformer_qwenimage.compute_text_seq_len_from_mask = text_length

@@ -80,5 +80,5 @@ class QwenImageLatents(LatentEncoder):
         return latents * self._constant("latents_std", latents) + self._constant("latents_mean", latents)
 
     def _constant(self, name: str, like: Tensor) -> Tensor:
-        values = self.vae.config[name]  # type: ignore[union-attr]
-        return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
+        values = torch.tensor(self.vae.config[name], dtype=torch.float32)  # type: ignore[union-attr]
+        return values.to(like.device, non_blocking=True).view(1, -1, 1, 1)

@@ -52,9 +52,9 @@ class TextEncoder(ABC):
         unique = list(dict.fromkeys(captions))
         encoded, cut = self._encode(unique)
         position = {caption: index for index, caption in enumerate(unique)}
-        rows = torch.tensor([position[caption] for caption in captions], device=encoded.embeds.device)
-        self.truncated += int(cut[rows.to(cut.device)].sum())
-        return encoded[rows]
+        rows = torch.tensor([position[caption] for caption in captions])
+        self.truncated += int(cut.cpu()[rows].sum())
+        return encoded[rows.to(encoded.embeds.device, non_blocking=True)]
 
     def null(self) -> Conditioning:
         """The condition of the null prompt, one row; encoded at the first call and kept."""

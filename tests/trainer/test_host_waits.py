@@ -1,0 +1,225 @@
+"""No step waits for the device, except at logging and where the ranks agree (counted, tests/trainer/host_waits.py)."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.schema import Ema, Lora, Optimizer, Schedule
+from data.batch import Batch, Embeddings, Precomputed
+from models import lora, tiny
+from tests.trainer.host_waits import HostWaits
+from trainer import loop
+from trainer.encoding import Encoding
+from trainer.engines.fsdp2 import FSDP2, FSDP2Options
+from trainer.engines.networks import Networks
+from trainer.engines.recompute import checkpoint_blocks
+from trainer.objectives.flow_matching import FlowMatching
+from trainer.objectives.objective import TEACHER
+from trainer.objectives.rcgm import RCGM
+from trainer.objectives.twinflow import TwinFlow
+from trainer.objectives.twinflow_full import TwinFlowFull
+from trainer.observe.counting import CountedNets
+from trainer.observe.flops import PassFlops
+from trainer.observe.metrics import Tally
+from trainer.stages import Stages
+from trainer.updates import Updates
+
+ROWS, MICRO_BATCH = 4, 2
+EVEN = {"e2e": 1, "mul": 1, "any": 1, "adv": 1}
+OBJECTIVES: dict[str, Any] = {
+    "twinflow": TwinFlow(order=2, roles=EVEN, enhanced_ratio=0.5),
+    "image-free, of an average": TwinFlow(order=1, roles=EVEN, enhanced_ratio=0.5, image_free=True, teacher="ema"),
+    "frozen teacher": TwinFlow(order=1, roles=EVEN, enhanced_ratio=4.0, teacher="frozen"),
+    "order 0": TwinFlow(order=0, roles=EVEN),
+    "twinflow full": TwinFlowFull(order=1, enhanced_ratio=0.5),
+    "rcgm": RCGM(order=1),
+    "flow matching": FlowMatching(),
+}
+LORA = Lora(rank=2)
+
+
+@dataclass
+class MetaEngine:
+    """The networks of an engine over meta parameters; its update is counted on the CPU (below)."""
+
+    nets: Any
+    device: torch.device = field(default_factory=lambda: torch.device("meta"))
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> Tensor:
+        return torch.zeros((), device="meta")
+
+    def update_ema(self) -> None:
+        """As in step."""
+
+
+def build(name: str, place: Path) -> Any:
+    backbone_class = next(
+        value
+        for value in vars(importlib.import_module(f"models.backbones.{name}")).values()
+        if getattr(value, "__module__", "") == f"models.backbones.{name}" and hasattr(value, "from_folder")
+    )
+    return backbone_class.from_folder(place)
+
+
+def prepare(backbone: Any, objective: Any, adapters: bool) -> SimpleNamespace:
+    """What loop.train_step needs of a run, on meta, with precomputed data."""
+    if adapters:
+        lora.add(backbone, LORA, objective.teacher)
+    for name in backbone.idle_parameters():
+        backbone.get_parameter(name).requires_grad_(False)
+    separate = objective.teacher != "online" and not adapters
+    teacher = copy.deepcopy(backbone).requires_grad_(False) if separate else None
+    flops = PassFlops(backbone)
+    checkpoint_blocks(backbone, every=1, group=1, keep="nothing")
+    engine = MetaEngine(Networks(backbone, teacher))
+    x, cond, null = tiny.example(backbone, ROWS)
+    made = Precomputed(Embeddings(cond.embeds, cond.mask, cond.pooled), x)
+    keys = tuple(str(row) for row in range(ROWS))
+    size = tuple(edge * backbone.pixels_per_latent for edge in x.shape[-2:])
+    batch = Batch(0, size, torch.arange(ROWS), None, keys, keys, keys, (0,) * ROWS, precomputed=made)  # type: ignore[arg-type]
+    config = SimpleNamespace(
+        train=SimpleNamespace(micro_batch_size=MICRO_BATCH, chunk_rows=5, steps=10),
+        schedule=Schedule(),
+        optimizer=Optimizer(),
+        run=SimpleNamespace(seed=0),
+    )
+    return SimpleNamespace(
+        config=config,
+        step=0,
+        batch=batch,
+        warm_up=(x.to("meta"), torch.zeros(ROWS, device="meta"), torch.zeros(ROWS, device="meta"), cond.to("meta")),
+        nets=CountedNets(engine.nets, flops),
+        engine=engine,
+        encoding=Encoding(
+            load_text=lambda: pytest.fail("precomputed data needs no text encoder"),
+            load_latents=lambda: pytest.fail("precomputed data needs no VAE"),
+            device=engine.device,
+            needs_null=objective.needs_null,
+            latent_shape=backbone.latent_shape,
+            stored_null=null[:1],
+        ),
+        objective=objective,
+        stages=Stages(),
+        updates=Updates(),
+        sample_log=None,
+        world=SimpleNamespace(rank=0, world_size=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    def place(name: str) -> Path:
+        path = tmp_path_factory.getbasetemp() / f"host_waits_{name}"
+        tiny.write(path, tiny.SMALLEST[name], seed=0)
+        return path
+
+    return place
+
+
+CASES = [
+    *(("qwen_image", objective, False) for objective in OBJECTIVES),
+    *((name, "twinflow", False) for name in sorted(tiny.SMALLEST) if name != "qwen_image"),
+    ("qwen_image", "twinflow", True),
+    ("qwen_image", "image-free, of an average", True),
+]
+
+
+@pytest.mark.parametrize(("name", "objective", "adapters"), CASES)
+def test_a_step_never_waits_for_the_device(
+    places: Callable[[str], Path], name: str, objective: str, adapters: bool
+) -> None:
+    run = prepare(build(name, places(name)), OBJECTIVES[objective], adapters)
+    with torch.no_grad(), run.nets.aside():  # tables of positions come to the device once
+        run.nets.velocity(*run.warm_up)
+        run.nets.velocity(*run.warm_up, weights=torch.full((ROWS,), TEACHER))
+    with HostWaits() as waits:
+        loop.train_step(run, run.batch, Tally("meta"))
+    assert waits.found == []
+    assert run.nets.counts.graded_rows == ROWS * run.objective.rows_per_sample
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_group": 2, "block_dtype": "bfloat16", "keep_gathered": True}])
+@pytest.mark.usefixtures("one_rank")
+def test_neither_passes_nor_updates_of_the_engine_wait(places: Callable[[str], Path], options: dict[str, Any]) -> None:
+    backbone = build("qwen_image", places("qwen_image"))
+    backbone.to_empty(device="cpu").load(str(places("qwen_image")))
+    x, cond, _ = tiny.example(backbone, 2)
+    t = torch.tensor([0.9, -0.3])
+    engine = FSDP2(FSDP2Options(**options), backbone, Optimizer(max_grad_norm=1.0), Ema(decay=0.9), "online")
+
+    def step() -> None:
+        with torch.no_grad():
+            engine.nets.velocity(x, t, t, cond)
+        engine.backward(engine.nets.velocity(x, t, t, cond).square().mean())
+        engine.step(1e-4)
+        engine.update_ema()
+
+    step()
+    with HostWaits("cpu") as waits:
+        step()
+    assert waits.found == []
+
+
+def test_the_counter_sees_what_waits() -> None:
+    far, near, index = torch.zeros(3, 2, device="meta"), torch.zeros(3, 2), torch.tensor([0, 1])
+
+    def raises(read: Callable[[], Any]) -> None:
+        with pytest.raises(NotImplementedError):
+            read()
+
+    waiting: list[Callable[[], Any]] = [
+        lambda: float(far.sum()),
+        lambda: bool(far.any()),
+        lambda: far.tolist(),
+        lambda: far.cpu(),
+        lambda: far.to("cpu", non_blocking=True),
+        lambda: raises(lambda: far[far > 0]),
+        lambda: raises(lambda: far.nonzero()),
+        lambda: raises(lambda: torch.equal(far, far)),
+        lambda: far[index],
+        lambda: far[[0, 1]],
+        lambda: far.index_select(0, index),
+        lambda: near.to("meta"),
+        lambda: far.copy_(near),
+        lambda: torch.tensor([1.0, 2.0], device="meta"),
+        lambda: torch.as_tensor(3, device="meta"),
+        lambda: far.new_tensor([1.0]),
+    ]
+    for wait in waiting:
+        with HostWaits() as waits:
+            wait()
+        assert len(waits.found) == 1, waits.found
+        assert "test_host_waits.py" in waits.found[0]
+    with HostWaits() as waits:
+        near.to("meta", non_blocking=True)
+        far[index.to("meta", non_blocking=True)]
+        far.copy_(near, non_blocking=True)
+        torch.full((2,), 3.0, device="meta").add(far.new_zeros(()))
+        torch.arange(3, device="meta")
+        float(near.sum()), near[near > 0], near[index]
+    assert waits.found == []
+    with HostWaits("cpu") as waits:
+        float(near.sum())
+        near.clone()
+    assert len(waits.found) == 1
