@@ -128,7 +128,7 @@ def table(subject: Subject, chosen: Sequence[Case]) -> list[Verdict]:
     count = len(expected["float64"].gradients)
     print(f"Errors of one step ({subject.rows} samples, {count} gradients) against one float64 process without engine;")
     print(
-        f"bars: float64 {BARS['float64']:g}, float32 {BARS['float32']:g}. Float32 rows: the sinusoids of the times are"
+        f"bars: float64 {BARS['float64']:g}, float32 {BARS['float32']:g}. Float32 rows: times and their sinusoids are"
     )
     print(f"float32 in the reference, too (they alone change its gradients by {rounding:.1e}).\n")
     print(FORMAT.format("", *HEAD), flush=True)

@@ -110,8 +110,9 @@ class PlainNets:
 def reference(subject: Subject, dtype: str) -> Measured:
     """The step in float64 in one process, without an engine: the whole batch in one pass, every call on its own.
 
-    dtype: of the runs to compare with. For float32 ones the sinusoids of the times alone are float32 here, too: they
-    turn by up to 1000 radians, and rounding that makes errors of 1e-5 in gradients which say nothing of an engine.
+    dtype: of the runs to compare with. For float32 ones the times and their sinusoids, and nothing else, are float32
+    here, too: these turn by up to 1000 radians, and rounding that makes errors of 1e-5 in gradients which say nothing of
+    an engine.
     """
     case = Case(engine="none", ranks=1, dtype="float64", packed=False)
     model = plain_module(subject, dtype)
@@ -125,7 +126,7 @@ def reference(subject: Subject, dtype: str) -> Measured:
         for name, factor in factors(moved).items():
             moved[name].mul_(factor)
     found = Measured()
-    for loss in losses(PlainNets(model, teacher), subject, case, rank=0):
+    for loss in losses(PlainNets(model, teacher), subject, case, rank=0, times=getattr(torch, dtype)):
         loss.total.backward()
         found.add(loss)
     idle = set(model.idle_parameters())
@@ -139,11 +140,18 @@ def plain_module(subject: Subject, dtype: str, adapted: bool = True) -> Any:
     """A whole backbone in this process, float64, see `reference`; without adapters it is the teacher that is their base."""
     model = subject.backbone("float64", adapted).to_empty(device="cpu")
     subject.load(model)
+    if dtype == "float32":  # before what adapters make of the times
+        model.register_forward_pre_hook(_with_rounded_times, prepend=True)
     for module in model.modules():
         if dtype == "float32" and isinstance(module, Sinusoid):
             module.register_forward_pre_hook(_rounded_times)
             module.register_forward_hook(_as_float64)
     return model
+
+
+def _with_rounded_times(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    x_t, t, r, *others = arguments
+    return (x_t, t.float(), r.float(), *others)
 
 
 def _rounded_times(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -211,8 +219,13 @@ def factors(named: dict[str, Tensor]) -> dict[str, float]:
     return {name: 1 + (index % 5) / 16 for index, name in enumerate(sorted(named))}
 
 
-def losses(nets: Nets, subject: Subject, case: Case, rank: int) -> Iterator[LossTerms]:
-    """The losses of a rank's micro-batches, one after the other; inputs and draws are float32 numbers in any dtype."""
+def losses(
+    nets: Nets, subject: Subject, case: Case, rank: int, times: torch.dtype | None = None
+) -> Iterator[LossTerms]:
+    """The losses of a rank's micro-batches, one after the other; inputs and draws are float32 numbers in any dtype.
+
+    times: dtype that the times of rows are computed in, by default the case's.
+    """
     objective, dtype = subject.objective, getattr(torch, case.dtype)
     size = subject.rows // case.ranks
     mine = slice(rank * size, (rank + 1) * size)
@@ -222,7 +235,8 @@ def losses(nets: Nets, subject: Subject, case: Case, rank: int) -> Iterator[Loss
     rows = Rows(subject.config.run.seed, STEP, torch.arange(subject.rows)[mine], roles)
     draws = objective.draw(rows, tuple(x.shape[1:]), "cpu", torch.float32)
     numbers = {f.name: getattr(draws, f.name) for f in dataclasses.fields(draws)}
-    floats = {name: n.to(dtype) for name, n in numbers.items() if isinstance(n, Tensor) and n.is_floating_point()}
+    found = {name: n for name, n in numbers.items() if isinstance(n, Tensor) and n.is_floating_point()}
+    floats = {name: n.to(dtype if n.dim() > 1 else times or dtype) for name, n in found.items()}
     targets = objective.targets(
         nets,
         x.to(dtype),

@@ -11,7 +11,7 @@ from configs.load import ConfigError
 from configs.schema import Config
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
-OVERLAYS = ("cluster", "engine", "lora")  # what stands behind a recipe
+OVERLAYS = ("cluster", "engine", "lora", "objective")  # what stands behind a recipe
 RECIPES = sorted(path for path in SMOKE.parent.rglob("*.yaml") if path.parent.name not in OVERLAYS)
 
 
@@ -19,11 +19,14 @@ def smoke(*overrides: str) -> Config:
     return load.load([SMOKE], overrides)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_loads(path: Path) -> None:
     config = load.load([path])
     for overlay in (SMOKE.parent / "lora").glob("*.yaml") if config.lora.rank else ():
         assert load.load([path, overlay]).objective["order"] == 1
+    if config.objective["name"] == "twinflow":
+        of_captions = load.load([path, SMOKE.parent / "objective" / "image_free.yaml"])
+        assert of_captions.objective["image_free"] and of_captions.objective["teacher"] == "frozen"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ZImagePipeline
 from torch import Tensor
 
-from models import attention, tiny
+from configs.schema import Lora
+from models import attention, lora, lora_files, tiny
 from models.backbone import Conditioning
 from models.backbones.z_image import ZImage
 from tests.models.backbones.families import FAMILIES
@@ -86,6 +88,38 @@ def test_flash_attention_and_groups_of_blocks_change_nothing(
 
     for a, b in zip(found("flash"), found("native"), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * (1 + float(b.abs().max())))
+
+
+@torch.no_grad()
+def test_plain_diffusers_draws_the_same_with_the_saved_adapters(place: Path, tmp_path: Path) -> None:
+    """One step from t = 1, a sample of one evaluation at r = 0 where one time says both."""
+    options = Lora(rank=3, alpha=2, variant="single_time")
+    model = ZImage.from_folder(place)
+    lora.add(model, options, "online")
+    model.to_empty(device="cpu")
+    model.load(str(place))
+    lora.initialise(model, seed=1, scatter=True)
+    pipeline = ZImagePipeline.from_pretrained(place, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    call = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "latent"}
+    untrained = pipeline("a handwritten two", latents=noise, **call).images
+    cond = ZImage.text_encoder(place, "cpu", torch.float32, 512, "").encode(["a handwritten two"])
+    own = noise - model(noise, torch.ones(1), torch.zeros(1), cond)
+    lora_files.save(tmp_path, model.state_dict(), options)
+    pipeline.load_lora_weights(tmp_path)
+    assert (pipeline("a handwritten two", latents=noise, **call).images - own).abs().max() <= 1e-5
+    assert (untrained - own).abs().max() > 1e-2
+
+
+def test_adapters_stand_on_attention_and_on_the_time_embeddings() -> None:
+    model = ZImage({}, device="meta")
+    lora.add(model, Lora(rank=64), "online")
+    adapted = set(lora.layers(model))
+    blocks = model.checkpoint_units()
+    assert {f"{name}.attention.{layer}" for name in blocks for layer in ("to_q", "to_k", "to_v", "to_out.0")} | {
+        f"{embedder}.mlp.{layer}" for embedder in ("t_embedder", "t_embedder_2") for layer in (0, 2)
+    } == adapted
 
 
 def test_misuse_is_named(model: ZImage) -> None:
