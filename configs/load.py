@@ -33,16 +33,16 @@ class ConfigError(ValueError):
     """A mistake in a configuration; the message names the key, where it stands and the remedy."""
 
 
-def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """The resolved configuration.
+def load(files: Sequence[str | Path], overrides: Sequence[str] = (), recorded: dict[str, Any] | None = None) -> Config:
+    """The resolved configuration. recorded: values of an earlier one (to_dict), below the files.
 
     Raises:
         ConfigError: unknown key (with the nearest one), wrong type (with the expected one), missing value, a broken
             rule between keys, or an unreadable file.
     """
-    layers = [(str(file), read_yaml(Path(file))) for file in files] + [
-        (text, read_override(text)) for text in overrides
-    ]
+    layers = [("the recorded configuration", OmegaConf.create(recorded))] if recorded else []
+    layers += [(str(file), read_yaml(Path(file))) for file in files]
+    layers += [(text, read_override(text)) for text in overrides]
     layers = switching.without_replaced_engine(layers)
     schema = _schema(layers)
     merged = OmegaConf.structured(schema)

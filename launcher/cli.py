@@ -24,6 +24,8 @@ from launcher.settings import Settings, fail, load_config, split
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": "markdown"}
+FORWARDED = {"ignore_unknown_options": True, "help_option_names": []}
+"""Of verbs whose module explains its own options, --help included."""
 app = typer.Typer(help="Train one- and two-step image generators with TwinFlow.", **HELP)  # type: ignore[arg-type]
 config_app = typer.Typer(help="Check, show and compare configurations; starts nothing.", **HELP)  # type: ignore[arg-type]
 data_app = typer.Typer(help="Make data sets.", **HELP)  # type: ignore[arg-type]
@@ -215,6 +217,25 @@ def checkpoint_verify(
 ) -> None:
     """Read all of a checkpoint: files, sizes, coverage, every tensor finite; RUN means its newest complete one."""
     _module("trainer.saving.checkpoints_cli", "verify", *arguments)
+
+
+@app.command("sample", context_settings=FORWARDED)
+def sample(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT --prompts FILE [OPTION]...", show_default=False)
+    ],
+) -> None:
+    """Draw images with a run, a checkpoint, a base model or an export, on one rank per GPU, or --nproc N ranks."""
+    nproc, rest = _nproc(arguments)
+    _module(*torchrun_here(1 if "--help" in rest else nproc, "trainer.generate.draw"), *rest)
+
+
+@app.command("export", context_settings=FORWARDED)
+def export(
+    arguments: Annotated[list[str], typer.Argument(metavar="CHECKPOINT DEST [OPTION]...", show_default=False)],
+) -> None:
+    """Write a checkpoint as a diffusers folder that runs without this project, with a model card."""
+    _module("trainer.export", *arguments)
 
 
 @model_app.command("tiny", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

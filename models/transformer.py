@@ -19,6 +19,8 @@ from models.encoders.text import TextEncoder
 from models.target_time import TargetTime
 
 LATENT_KINDS = ("vae", "pixels")
+TWIN = "TwinFlow"
+"""Begins the class names of exported models (models/exported); the rest is the diffusers class."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ class TransformerBackbone(TargetTime):
         if latents not in LATENT_KINDS:
             raise ValueError(f"model.latents={latents!r} is unknown; choose one of {', '.join(LATENT_KINDS)}")
         config = cls._read_config(weight_files.component(path, "transformer"))
-        found = config.get("_class_name", cls.class_name)
+        found = config.get("_class_name", cls.class_name).removeprefix(TWIN)
         if found != cls.class_name:
             raise ValueError(
                 f"{path} holds a {found}, but model.name={cls.__module__.rpartition('.')[2]} needs a {cls.class_name}; "

@@ -157,7 +157,7 @@ def export(
     staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
     staging.mkdir(parents=True)
     try:
-        _write(staging, state, max_shard_size)
+        write(staging, state, state.__getitem__, max_shard_size)
         described = {"_class_name": class_name, "_diffusers_version": diffusers.__version__, **config}
         written = staging / "config.json"
         written.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
@@ -169,15 +169,30 @@ def export(
         raise
 
 
-def _write(folder: Path, state: Mapping[str, Tensor], max_shard_size: str) -> None:
-    plain = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+def write(
+    folder: Path, stored: Mapping[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str = "10GB"
+) -> None:
+    """Write safetensors files and, where they are several, their index. stored: shape and dtype of every tensor (meta
+    ones will do); read: its values; one file at a time is in memory."""
     pattern = STEM + "{suffix}.safetensors"
-    split = split_torch_state_dict_into_shards(plain, filename_pattern=pattern, max_shard_size=max_shard_size)
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in stored.items()}
+    split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
-        save_file({name: plain[name] for name in names}, folder / filename, metadata={"format": "pt"})
+        content = {name: read(name).detach().to("cpu", empty[name].dtype).contiguous() for name in names}
+        save_file(content, folder / filename, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def read(folder: str | Path, name: str) -> Tensor:
+    """One tensor of a weight folder, as it is stored. Raises CheckpointError where it is not there."""
+    file = _files(Path(folder)).get(name)
+    if file is None:
+        raise CheckpointError(f"{folder} has no tensor {name}; it is the folder of another model")
+    with _open(file) as reader:
+        tensor: Tensor = reader.get_tensor(name)
+        return tensor
 
 
 def _files(folder: Path) -> dict[str, Path]:

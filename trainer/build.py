@@ -45,6 +45,7 @@ from trainer.plugins import plugin
 from trainer.run import Run
 from trainer.run_folder import RunFolder, open_checkpoints
 from trainer.saving import unsaved_weights
+from trainer.saving.certificate import CONFIG
 from trainer.saving.checkpoint import Checkpoints
 from trainer.signals import StopRequest
 from trainer.training_data import check_contents, check_latents, stored_null
@@ -90,7 +91,7 @@ def build_run(
         log.info("adapters: %s", lora.summary(backbone))
     engine_class, engine_options = plugin("engine", config.engine)
     kernel = use_attention(backbone, model, engine_options.block_dtype, world.device)
-    metadata = {**certificate(config, world, order, steps), "attention": kernel}
+    metadata = {**certificate(config, world, order, steps), "attention": kernel, CONFIG: folder.config}
     checkpoints = Checkpoints(open_checkpoints(config, folder.path), config.checkpoint, metadata)
     resumes = checkpoints.newest() is not None
     engine: Engine = engine_class(

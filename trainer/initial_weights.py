@@ -125,7 +125,7 @@ def fill(module: nn.Module, source: CheckpointReader, which: str, of_adapters: b
     of_adapters: fill those of the adapters, online and averaged alike; else those of the model without adapters.
     Raises CheckpointError for every missing, unexpected or misshapen tensor, before anything is changed.
     """
-    saved = _saved(source, which)
+    saved = tensors_of(source, which)
     targets = list(_targets(module, of_adapters))
     names = {name for name, _ in targets}
     problems = [f"missing: {name}" for name in sorted(names - saved.keys())]
@@ -156,8 +156,8 @@ def _targets(module: nn.Module, of_adapters: bool) -> Iterator[tuple[str, FlatPa
             yield (lora.online_name(name) if of_adapters else base_name(name)), part
 
 
-def _saved(source: CheckpointReader, which: str) -> dict[str, tuple[str, SavedTensor]]:
-    """(group, tensor) by parameter name."""
+def tensors_of(source: CheckpointReader, which: str) -> dict[str, tuple[str, SavedTensor]]:
+    """(group, tensor) by parameter name; which: ema | online. Frozen parameters have no average."""
     tensors = source.certificate.tensors
     if which == "ema" and not tensors.get("ema"):
         raise CheckpointError(f"{source.url} has no averaged weights; set init_from.weights=online")

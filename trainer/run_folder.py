@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ class RunRefused(ValueError):
 @dataclass(frozen=True)
 class RunFolder:
     """path: the folder; finished: an earlier process reached the last step and wrote its results; changes: (key, earlier
-    value, value now) of what is different in a run that goes on, whether --allow-change named it or nobody must ask."""
+    value, value now) of what is different in a run that goes on, whether --allow-change named it or nobody must ask;
+    config: the resolved configuration as config.yaml has it."""
 
     path: Path
     finished: bool
     changes: tuple[tuple[str, Any, Any], ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def pictures(self) -> Path:
@@ -68,7 +70,7 @@ def open_run(
     write_json(record, {"id": own, "identity": identity, "circumstance": circumstance})
     if config.checkpoint.dir and owner is None:  # after our own record: a start killed between the two knows its id
         store.claim(own)
-    return RunFolder(path, _finished(path, config.train.steps), tuple(changes))
+    return RunFolder(path, _finished(path, config.train.steps), tuple(changes), configuration.to_dict(config))
 
 
 def _record(path: Path) -> dict[str, Any]:

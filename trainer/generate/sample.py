@@ -120,22 +120,27 @@ def write_grid(path: str | Path, images: Tensor, captions: Sequence[str], title:
     return _publish(sheet, Path(path), captions, title)
 
 
-def _cell(image: Tensor) -> Image.Image:
-    """One picture [C, H, W] in [-1, 1] at its size on the sheet."""
+def picture(image: Tensor) -> Image.Image:
+    """[C, H, W] in [-1, 1], C = 1 or 3, on the CPU, as a picture; values that are not finite are magenta."""
     channels_last = image.expand(3, -1, -1).permute(1, 2, 0)
     values = ((channels_last.clamp(-1.0, 1.0) + 1.0) * 127.5).round().nan_to_num(0.0).to(torch.uint8)
     pixels: NDArray[np.uint8] = values.numpy().copy()
     pixels[(~channels_last.isfinite()).any(dim=-1).numpy()] = _BROKEN
-    picture = Image.fromarray(pixels)
-    longest = max(picture.size)
+    return Image.fromarray(pixels)
+
+
+def _cell(image: Tensor) -> Image.Image:
+    """One picture at its size on the sheet."""
+    whole = picture(image)
+    longest = max(whole.size)
     if longest < _CELL[0]:
         factor = -(-_CELL[0] // longest)
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        return whole.resize((whole.width * factor, whole.height * factor), Image.Resampling.NEAREST)
     if longest > _CELL[1]:
         scale = _CELL[1] / longest
-        small = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        return picture.resize(small, Image.Resampling.LANCZOS)
-    return picture
+        small = (max(1, round(whole.width * scale)), max(1, round(whole.height * scale)))
+        return whole.resize(small, Image.Resampling.LANCZOS)
+    return whole
 
 
 def _shorten(text: str, font: Any, width: int) -> str:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -104,9 +105,8 @@ class Sampler:
         x, times = noise.double(), self.grid().tolist()
         previous: tuple[Tensor, Tensor] | None = None
         for i, (t, s) in enumerate(pairwise(times)):
-            r = self._target(t, s)
-            f = _evaluate(velocity, x, t, r)
-            raw = (x - t * f, x + (1.0 - t) * f)
+            f = _evaluate(velocity, x, t, self.target(t, s))
+            raw = read_out(x, t, f)
             yield raw[0]
             if s == 0.0:
                 return
@@ -119,9 +119,10 @@ class Sampler:
                 second = _evaluate(velocity, (1.0 - s) * x_hat + s * z_hat, s, self._second_target(s))
                 change = (second - f) / 2.0
                 x_hat, z_hat = x_hat - t * change, z_hat + (1.0 - t) * change
-            x = (1.0 - s) * x_hat + s * self._renoise(z_hat, self._share(t, s), eps, i)
+            x = self.jump(x_hat, z_hat, t, s, None if eps is None else partial(eps, i))
 
-    def _target(self, t: float, s: float) -> float:
+    def target(self, t: float, s: float) -> float:
+        """Target time r of the evaluation that a step t -> s begins with."""
         return {"few": 0.0, "any": s, "multi": t, "mul": t}[self.style]
 
     def _second_target(self, s: float) -> float:
@@ -132,17 +133,27 @@ class Sampler:
         """
         return 0.0 if self.style == "few" else s
 
+    def jump(self, x_hat: Tensor, z_hat: Tensor, t: float, s: float, fresh: Callable[[], Tensor] | None) -> Tensor:
+        """x_s from the read-outs at t. fresh draws standard normal numbers in their shape.
+
+        Raises ValueError where they are needed and `fresh` is None.
+        """
+        share = self._share(t, s)
+        if share > 0.0:
+            if fresh is None:
+                raise ValueError(f"a sampler with stochasticity {self.stochasticity} needs fresh noise: pass eps")
+            z_hat = math.sqrt(1.0 - share) * z_hat + math.sqrt(share) * fresh().to(z_hat)
+        return (1.0 - s) * x_hat + s * z_hat
+
     def _share(self, t: float, s: float) -> float:
         if self.stochasticity == "SDE":
             return min(max(abs(s - t) * 2.0 * t / s**2, 0.0), 1.0)
         return float(self.stochasticity)
 
-    def _renoise(self, z_hat: Tensor, share: float, eps: FreshNoise | None, step: int) -> Tensor:
-        if share == 0.0:
-            return z_hat
-        if eps is None:
-            raise ValueError(f"a sampler with stochasticity {self.stochasticity} needs fresh noise: pass eps")
-        return math.sqrt(1.0 - share) * z_hat + math.sqrt(share) * eps(step).to(z_hat)
+
+def read_out(x_t: Tensor, t: float, f: Tensor) -> tuple[Tensor, Tensor]:
+    """x_hat and z_hat of an evaluation f at (x_t, t)."""
+    return x_t - t * f, x_t + (1.0 - t) * f
 
 
 def kumaraswamy(u: Tensor, warp: tuple[float, ...]) -> Tensor:

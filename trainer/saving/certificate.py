@@ -16,6 +16,8 @@ FORMAT = 2
 """2 numbers the files of a range and leaves its key out, since that is group/name; 1 wrote both out."""
 OLDEST = 1
 NAME = "certificate.json"
+CONFIG = "config"
+"""Metadata of a checkpoint: the run's resolved configuration, secrets redacted."""
 
 
 class CheckpointError(RuntimeError):
