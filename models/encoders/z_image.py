@@ -7,9 +7,9 @@ from typing import Any, Self
 
 import torch
 from diffusers import ZImagePipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2Tokenizer, Qwen3Model
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
 from models.backbone import Conditioning
 from models.encoders.latents import ShiftedLatents
@@ -40,9 +40,16 @@ class ZImageText(TextEncoder):
         cls, path: str | Path, device: torch.device | str, dtype: torch.dtype, max_tokens: int, null_prompt: str
     ) -> Self:
         tokenizer = LongestPadding.from_pretrained(subfolder(path, "tokenizer", FAMILY), local_files_only=True)
-        model = Qwen3Model.from_pretrained(
-            subfolder(path, "text_encoder", FAMILY), dtype=dtype, local_files_only=True, use_safetensors=True
+        # The language model around the Qwen3Model: transformers finds what yields hidden states by its class, and
+        # sharding replaces that of the outermost module.
+        model = Qwen3ForCausalLM.from_pretrained(
+            subfolder(path, "text_encoder", FAMILY),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            tie_word_embeddings=True,  # the vocabulary projection may be missing: it goes anyway
         )
+        model.lm_head = nn.Identity()
         pipeline = ZImagePipeline(
             scheduler=None,
             vae=None,
@@ -54,7 +61,7 @@ class ZImageText(TextEncoder):
 
     def shards(self) -> list[Shards]:
         model: Any = self.pipeline.text_encoder
-        return [(model, list(model.layers), ())]
+        return [(model, list(model.model.layers), ())]
 
     def _encode(self, captions: list[str]) -> tuple[Conditioning, Tensor]:
         most, model = self.max_tokens, self.pipeline.text_encoder

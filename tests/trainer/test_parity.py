@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from configs import load
+from models import tiny
 from tests.trainer import parity_faults
 from trainer import parity, parity_step
 from trainer.parity_step import Case, Measured, Subject
@@ -109,6 +110,15 @@ def test_a_parameter_without_gradient_is_named_by_the_engine(
     verdict, explanation = _examine(monkeypatch, subject, CASE, expected, parity_faults.idle_time_embedding)
     assert not verdict.ok and "got no gradient" in verdict.problem
     assert "time_text_embed" in explanation
+
+
+@pytest.mark.parametrize("model", sorted(tiny.SMALLEST.keys() - {"qwen_image"}))
+def test_every_backbone_passes(model: str, tmp_path: Path) -> None:
+    config = load.load([SMOKE], [f"model.name={model}", "guidance.scale=2"])
+    subject = Subject(config, parity.tiny_folder(model, tmp_path / "model"), rows=16)
+    for case in (CASE, Case("zero3", ranks=2, dtype="float32", accumulation=4, checkpointing=True)):
+        verdict, explanation = parity.examine(subject, case, parity_step.reference(subject, case.dtype))
+        assert verdict.ok, (verdict, explanation)
 
 
 def test_a_missing_tensor_and_nan_are_failures(expected: Measured) -> None:

@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from models import tiny
 from models.encoders.latents import LatentEncoder
-from models.encoders.qwen_image import QwenImageLatents, QwenImageText
 from models.encoders.text import TextEncoder
 from tests.ranks import run_ranks
 from trainer.engines.frozen import shard_frozen
 from trainer.engines.sharding import device_mesh
+from trainer.plugins import plugin
 
 CAPTIONS = ["a handwritten one", "a handwritten two , one", "a handwritten one", "a handwritten three"]
 LAYERS = 2  # of the tiny text encoder
@@ -31,9 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _encoders(folder: Path) -> tuple[TextEncoder, LatentEncoder]:
-    text = QwenImageText.from_folder(folder, "cpu", torch.float32, 64, "Generate an image.")
-    return text, QwenImageLatents.from_folder(folder, "vae", "cpu", torch.float32)
+def _encoders(folder: Path, name: str = "qwen_image") -> tuple[TextEncoder, LatentEncoder]:
+    backbone = plugin("model", {"name": name, "path": str(folder)})[0]
+    text = backbone.text_encoder(folder, "cpu", torch.float32, 64, "Generate an image.")
+    return text, backbone.latent_encoder(folder, "vae", "cpu", torch.float32)
 
 
 def _results(text: TextEncoder, latents: LatentEncoder, rows: int) -> tuple[list[torch.Tensor], list[int]]:
@@ -54,10 +55,10 @@ def _results(text: TextEncoder, latents: LatentEncoder, rows: int) -> tuple[list
     return found, counts
 
 
-def _sharded(folder: Path, replicate: int) -> dict[str, Any]:
+def _sharded(folder: Path, replicate: int, name: str = "qwen_image") -> dict[str, Any]:
     rows = 1 + dist.get_rank() % 3  # unequal on purpose
-    whole, _ = _results(*_encoders(folder), rows)
-    text, latents = _encoders(folder)
+    whole, _ = _results(*_encoders(folder, name), rows)
+    text, latents = _encoders(folder, name)
     mesh = device_mesh(CPU, replicate)
     for encoder in (text, latents):
         for parts in encoder.shards():
@@ -79,6 +80,15 @@ def test_sharded_encoders_give_the_same_bits_with_equal_gathers(folder: Path, ra
         assert found["counts"] == [LAYERS + 1, LAYERS + 1, 1, 1]
         assert found["share"] == pytest.approx(replicate / ranks, abs=0.1)
         assert found["noted"] == 0
+
+
+@pytest.mark.parametrize("name", sorted(tiny.SMALLEST.keys() - {"qwen_image"}))
+def test_encoders_of_every_backbone_shard(name: str, tmp_path: Path) -> None:
+    tiny.write(tmp_path / "model", tiny.SMALLEST[name], seed=0)
+    networks = 3 if name == "sd3" else 1
+    for found in run_ranks(_sharded, 2, tmp_path / "model", 1, name, timeout=120):
+        assert found["equal"]
+        assert found["counts"] == [networks * (LAYERS + 1), networks * (LAYERS + 1), 1, 1]
 
 
 def _trained() -> str:
