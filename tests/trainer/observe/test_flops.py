@@ -12,6 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs.schema import Lora
+from models import lora
 from models.backbone import Conditioning
 from models.backbones.qwen_image import QwenImage
 from models.tiny_pipelines.qwen_image import TRANSFORMERS
@@ -147,3 +149,16 @@ def test_counted_networks_report_model_flops_whatever_is_recomputed(activation_c
     recomputed = model.recompute_flops(SAMPLES, TOKENS, 5) if activation_checkpointing else 0
     assert nets.drain().flops == pytest.approx(executed - recomputed, rel=1e-3)
     assert nets.drain() == PassCounts()
+
+
+def test_adapters_spare_the_gradients_of_frozen_weights() -> None:
+    """Two blocks as wide as the published ones, 512 x 512 pixels and 100 text tokens, on meta."""
+    model: Any = QwenImage({"num_layers": 2}, device="meta")
+    lora.add(model, Lora(rank=64), "online")
+    cond = Conditioning(torch.empty(1, 100, 3584, device="meta"), torch.ones(1, 100, dtype=torch.bool, device="meta"))
+    x_t, t = torch.empty(1, 16, 64, 64, device="meta"), torch.empty(1, device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x_t, t, t, cond).sum().backward()
+    assert PassFlops(model)(x_t, cond, graded=True) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    del model.adapters
+    assert PassFlops(model)(x_t, cond, graded=True) > 1.3 * counter.get_total_flops()
