@@ -278,7 +278,6 @@ def certificate(config: Config, world: World, order: Order, accumulation: int) -
         "accumulation": accumulation,
         "micro_batch_size": config.train.micro_batch_size,
         "chunk_rows": config.train.chunk_rows,
-        "lora": lora.described(config.lora),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
     }
 

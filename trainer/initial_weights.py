@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from models import lora, lora_files
 from models.weights import ADAPTER, CheckpointError, FlatPart, base_name, component, flat_parts, some
 from trainer.engines.engine import TensorPart
 from trainer.model_folder import local_folder
-from trainer.saving.certificate import SavedTensor
+from trainer.saving.certificate import CONFIG, SavedTensor
 from trainer.saving.checkpoint_reader import CheckpointReader
 from trainer.saving.checkpoints_cli import place, reader
 from trainer.saving.tensor_file import as_dtype
@@ -76,7 +76,7 @@ def _given(config: Config, path: str) -> Source:
         source, which = reader(path, endpoint_url), config.init_from.weights
         holds_adapters = any(ADAPTER.search(name) for name in source.certificate.tensors.get("parameter", {}))
         if holds_adapters:
-            _refuse_other_adapters(config.lora, source.certificate.metadata.get("lora", {}), source.url)
+            _refuse_other_adapters(config.lora, Lora(**source.certificate.metadata[CONFIG]["lora"]), source.url)
         log.info("the %s are the %s ones of %s", "adapters" if holds_adapters else "weights", which, source.url)
 
         def load(module: Any) -> None:
@@ -88,18 +88,18 @@ def _given(config: Config, path: str) -> Source:
     folder = local_folder(config, path)
     if Path(folder).suffix == ".safetensors" or (Path(folder) / lora_files.FILE).is_file():
         saved = lora_files.read(folder)
-        _refuse_other_adapters(config.lora, asdict(saved.options), path)
+        _refuse_other_adapters(config.lora, saved.options, path)
         log.info("the adapters are those of %s", path)
         return Source(lambda module: lora.initialise(module, config.run.seed, saved.tensors), holds_adapters=True)
     log.info("the weights are those of %s", path)
     return Source(lambda module: _load_folder(module, folder, config.run.seed))
 
 
-def _refuse_other_adapters(wanted: Lora, saved: Mapping[str, Any], where: str) -> None:
+def _refuse_other_adapters(wanted: Lora, saved: Lora, where: str) -> None:
     """Adapters of another scale or way of telling the target time would be loaded without an error, and mean another
-    network. saved: rank, alpha, variant, as far as the source says."""
-    own = lora.described(wanted)
-    if other := [f"lora.{key}={saved[key]}" for key in own if saved.get(key) not in (None, own[key])]:
+    network."""
+    own, theirs = lora.described(wanted), lora.described(saved)
+    if other := [f"lora.{key}={theirs[key]}" for key in own if own[key] != theirs[key]]:
         raise CheckpointError(f"the adapters in {where} are others than this run's; set {' '.join(other)}")
 
 

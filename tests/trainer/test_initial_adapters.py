@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def earlier(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         for which, state in states.items()
         for name, tensor in state.items()
     ]
-    Checkpoints(folder / "checkpoints", Checkpoint(), {"lora": lora.described(OPTIONS)}).write(5, parts, {})
+    Checkpoints(folder / "checkpoints", Checkpoint(), {"config": {"lora": asdict(OPTIONS)}}).write(5, parts, {})
     return folder, states
 
 
