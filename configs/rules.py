@@ -24,6 +24,7 @@ RANGES = {
     "data.read_budget_s": (SMALLEST, LARGEST),
     "data.max_bad_samples": (0, 1),
     "encoder.max_text_tokens": (1, LARGEST),
+    "encoder.seen_edge": (32, LARGEST),
     "lora.rank": (1, LARGEST),
     "lora.alpha": (1, LARGEST),
     "train.steps": (1, LARGEST),

@@ -76,6 +76,9 @@ class Encoder:
     shard: bool = False
     """Spread the text encoder and the VAE over all ranks and gather them for each call, instead of a copy on every rank:
     less GPU memory for more traffic."""
+    seen_edge: int | None = None
+    """Edge of the square whose area source images of edits get before the text encoder sees them [pixels]; null: as the
+    model's pipeline does, 1024 for Qwen-Image-Edit, 384 from 2509 on. Smaller is cheaper."""
 
 
 @dataclass

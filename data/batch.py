@@ -84,6 +84,13 @@ class Batch:
         """Whether there are images or latents to train on."""
         return self.pixels is not None or (self.precomputed is not None and self.precomputed.latents is not None)
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether these are edits, of images or of latents."""
+        return self.source_pixels is not None or (
+            self.precomputed is not None and self.precomputed.references is not None
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 

@@ -90,6 +90,8 @@ class Backbone(Protocol):
 
     masked_text: ClassVar[bool]
     """Whether texts differ in length and a mask hides their padding; else all are of one length and read as a whole."""
+    takes_references: ClassVar[bool]
+    """Whether conditions may carry reference latents (image editing)."""
     text_width: int
     """D of the conditions' embeds [B, S, D]."""
     pooled_width: int | None
@@ -132,7 +134,8 @@ class Backbone(Protocol):
         """Image tokens of a latent [..., H, W]."""
 
     def flops(self, batch: int, tokens: int, text_tokens: int) -> int:
-        """Floating-point operations of one forward pass; text_tokens: padded length, padding costs the same."""
+        """Floating-point operations of one forward pass; tokens: of a row's image and references; text_tokens: padded
+        length, padding costs the same."""
 
     def backward_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """Floating-point operations of one backward pass, without recomputation."""

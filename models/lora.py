@@ -40,6 +40,7 @@ class Adapters:
 
     def __init__(self, backbone: nn.Module, teacher: str, single_time: bool) -> None:
         self.teacher, self.single_time = teacher, single_time
+        self._time_rows = getattr(backbone, "time_rows", 1)
         self._signature = inspect.signature(backbone.forward)
         # The very list that all layers look into. A gathering of single layers (ZeRO-3) must be the same on all ranks,
         # so which adapters are computed depends on torch's grad mode alone, never on a rank's rows.
@@ -85,20 +86,22 @@ class Adapters:
         self._active[:], self._online = [ONLINE], None
 
     def _keep_online(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output if self._online is None else _keep(self._online, output)
+        return output if self._online is None else self._keep(self._online, output)
 
     def _keep_averaged(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         assert self._online is not None, "averaged adapters are computed in passes without gradient alone"
-        return _keep(~self._online, output)
+        return self._keep(~self._online, output)
 
-
-def _keep(rows: Tensor, output: Tensor) -> Tensor:
-    if len(output) != len(rows):
-        raise RuntimeError(
-            f"an adapted layer computes {len(output)} rows in a pass of {len(rows)}: it cannot tell whose they are; "
-            "leave it out of lora.targets"
-        )
-    return torch.where(rows.view(-1, *(1,) * (output.dim() - 1)), output, 0.0)
+    def _keep(self, rows: Tensor, output: Tensor) -> Tensor:
+        """The rows that are meant, of all, or of the times of all and of their references (Qwen-Image-Edit-2511)."""
+        if len(output) == self._time_rows * len(rows):
+            rows = rows.repeat(self._time_rows)
+        if len(output) != len(rows):
+            raise RuntimeError(
+                f"an adapted layer computes {len(output)} rows in a pass of {len(rows)}: it cannot tell whose they are; "
+                "leave it out of lora.targets"
+            )
+        return torch.where(rows.view(-1, *(1,) * (output.dim() - 1)), output, 0.0)
 
 
 def add(backbone: Any, options: Lora, teacher: str) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from models.backbone import Conditioning
 
 MARKER = "tiny.json"
-PRESETS = {"digits": "qwen_image", "pipeline": "qwen_image", "sd3": "sd3", "z_image": "z_image", "sana": "sana"}
+QWEN_IMAGE = ("digits", "pipeline", "edit", "edit_plus")
+PRESETS = dict.fromkeys(QWEN_IMAGE, "qwen_image") | {"sd3": "sd3", "z_image": "z_image", "sana": "sana"}
 """Preset -> module of models/tiny_pipelines that builds it."""
 SMALLEST = {"qwen_image": "pipeline", "sd3": "sd3", "z_image": "z_image", "sana": "sana"}
 """Backbone (models/backbones) -> preset of its smallest model."""

@@ -48,7 +48,7 @@ from trainer.saving import unsaved_weights
 from trainer.saving.certificate import CONFIG
 from trainer.saving.checkpoint import Checkpoints
 from trainer.signals import StopRequest
-from trainer.training_data import check_contents, check_latents, stored_null
+from trainer.training_data import check_contents, check_latents, refuse_other_kind, stored_null
 from trainer.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -173,6 +173,10 @@ def build_encoding(
 ) -> Encoding:
     """The encoders; those that precomputed data makes superfluous are loaded for the showcase's prompts alone."""
     check_contents(config, manifest)
+    if manifest.kind == "edits" and not backbone.takes_references:
+        raise ValueError(
+            f"model.name={config.model['name']} takes no source images; set model.name=qwen_image, or pack images"
+        )
     raw = manifest.encoded is None or (held_out is not None and held_out.precomputed is None)
     images = (manifest.encoded is None and manifest.contents.has_targets) or (
         held_out is not None and held_out.pixels is not None
@@ -187,10 +191,17 @@ def build_encoding(
         stored_null=stored_null(config, manifest) if objective.needs_null else None,
         keeps_text=raw,
     )
+    if manifest.kind == "edits" and config.sample.prompts:
+        raise ValueError(
+            "sample.prompts have no source images; leave it empty: grids show held-out edits (data.held_out)"
+        )
     prompts = [*config.sample.prompts, *(CAPTIONS if config.evaluate.name == "digits" else ())]
     encoding.keep_prompts(prompts)
     # Here, not in the first step or at the first grid: what cannot be loaded must not come to light hours later.
-    encoding.load(text=raw, latents=images or bool(prompts))
+    shown = bool(prompts) or (held_out is not None and held_out.has_sources)
+    encoding.load(text=raw, latents=images or shown)
+    if raw:
+        refuse_other_kind(manifest.kind, encoding.text.sees_images)
     return encoding
 
 
@@ -209,6 +220,8 @@ def text_encoder(config: Config, device: torch.device) -> TextEncoder:
     backbone, model = plugin("model", config.model)
     encoder, dtype = config.encoder, ENCODER_DTYPES[model.encoder_dtype]
     made: TextEncoder = backbone.text_encoder(model.path, device, dtype, encoder.max_text_tokens, encoder.null_prompt)
+    if encoder.seen_edge is not None and made.sees_images:
+        made.seen_edge = encoder.seen_edge  # type: ignore[attr-defined]
     return made
 
 

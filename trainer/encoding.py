@@ -59,15 +59,18 @@ class Encoding:
         """Latents [n, C, H, W] float32, the rows' conditions, and as many rows of the null condition (None if unused).
 
         Latents of captions alone are zeros: image-free objectives put samples of the network in their place. The
-        conditions of edits, null ones too, carry the latents of the row's own source image.
+        conditions of edits, null ones too, carry the latents of the row's own source image, which the text encoder sees.
         """
+        sources = () if batch.source_pixels is None else (batch.source_pixels,)
         batch = batch.to(self.device)
         if batch.precomputed is not None:
             x, references, cond, null = self._stored(batch.precomputed)
         else:
             x = None if batch.pixels is None else self.latents.encode(batch.pixels, self._noise(batch))
             references = () if batch.source_pixels is None else (self.latents.encode(batch.source_pixels),)
-            cond, null = self._encoded(batch.captions), None
+            cond, null = self._encoded(batch.captions, sources), None
+            if self.needs_null and sources:
+                null = self._encoded([self.text.null_prompt] * len(batch), sources)
         if x is None:
             x = torch.zeros(len(batch), *self.latent_shape(batch.bucket), device=self.device)
         if self.needs_null and null is None:
@@ -98,8 +101,8 @@ class Encoding:
         shape = self.latent_shape(batch.bucket)
         return normals(self.seed, batch.step, purpose_id("latents"), batch.rows, shape, self.device)
 
-    def _encoded(self, captions: Sequence[str]) -> Conditioning:
-        return self.text.encode(captions).to(self.device, torch.float32)
+    def _encoded(self, captions: Sequence[str], sources: Sequence[Tensor] = ()) -> Conditioning:
+        return self.text.encode(captions, sources).to(self.device, torch.float32)
 
     def _null(self) -> Conditioning:
         return self.text.null() if self.stored_null is None else self.stored_null

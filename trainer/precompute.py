@@ -34,7 +34,6 @@ from data.pool import Pool
 from data.s3 import DataError, LocalFolder
 from data.shards import Options
 from data.store import Store, open_store, sole_writer
-from models import fingerprint
 from models.backbone import Conditioning
 from models.encoders.latents import LatentEncoder
 from models.encoders.text import TextEncoder
@@ -42,7 +41,7 @@ from trainer.build import latent_encoder, text_encoder
 from trainer.engines.distributed import World, process_group
 from trainer.model_folder import with_local_model
 from trainer.plugins import plugin
-from trainer.training_data import NULL, latent_digest, refuse_samples
+from trainer.training_data import NULL, latent_digest, refuse_other_kind, refuse_samples, text_digest
 
 _TIMEOUT_S = 7 * 86400.0
 """Ranks wait for the plan, and at the end for the slowest; torchrun ends them all when one dies."""
@@ -52,7 +51,8 @@ _T = TypeVar("_T")
 @dataclass
 class Encoders:
     """Samples -> arrays in `dtype`. Captions and images are encoded one by one, so that what is stored is a function of
-    the sample alone. edits: the null condition of each sample is stored with it."""
+    the sample alone. edits: captions are encoded with their source image, and the null condition of each sample is stored
+    with it."""
 
     text: TextEncoder
     latents: LatentEncoder
@@ -62,14 +62,17 @@ class Encoders:
 
     def __call__(self, raw: Raw) -> Members:
         found: Members = {}
+        sources = () if raw.source_pixels is None else (torch.from_numpy(raw.source_pixels)[None],)
         for number, caption in enumerate(raw.captions):
-            found |= self._text(self.text.encode([caption]), ("text", "mask", "pooled"), f".{number}" if number else "")
+            encoded = self.text.encode([caption], sources)
+            found |= self._text(encoded, ("text", "mask", "pooled"), f".{number}" if number else "")
         for name, pixels in (("latent", raw.pixels), ("reference", raw.source_pixels)):
             if pixels is not None:
                 image = torch.from_numpy(pixels)[None].to(self.device)
                 found[f"{name}.npy"] = self._array(self.latents.encode(image)[0], name)
         if self.edits:
-            found |= self._text(self.text.null(), ("null", "null_mask", "null_pooled"), "")
+            null = self.text.encode([self.text.null_prompt], sources)
+            found |= self._text(null, ("null", "null_mask", "null_pooled"), "")
         return found
 
     def null(self) -> Members:
@@ -101,7 +104,8 @@ def precompute(config: Config, given: argparse.Namespace, world: World) -> int:
         raise DataError(f"{store.url}: lies in SOURCE; choose a DEST outside of it")
     text, latents = text_encoder(config, world.device), latent_encoder(config, world.device)
     dtype = given.dtype or plugin("model", config.model)[1].encoder_dtype
-    options = replace(options_of(given), encoded=described(config, options_of(given), text, dtype))
+    refuse_other_kind(options_of(given).kind, text.sees_images)
+    options = replace(options_of(given), encoded=described(config, options_of(given), dtype))
     encoders = Encoders(text, latents, world.device, dtype, options.kind == "edits")
     packing: Packing | None = None
     with contextlib.ExitStack() as stack:
@@ -126,7 +130,7 @@ def precompute(config: Config, given: argparse.Namespace, world: World) -> int:
     return 0
 
 
-def described(config: Config, options: Options, text: TextEncoder, dtype: str) -> Encoded:
+def described(config: Config, options: Options, dtype: str) -> Encoded:
     """What the manifest says about the encoders. Raises ValueError where a bucket does not fit the model."""
     backbone_class, model = plugin("model", config.model)
     backbone = backbone_class.from_folder(model.path, latents=model.latents)
@@ -142,18 +146,18 @@ def described(config: Config, options: Options, text: TextEncoder, dtype: str) -
         dtype=dtype,
         latent_kind=model.latents,
         latents=(latent_digest(model.path, model.latents) or "") if images else "",
-        text=fingerprint.fingerprint(model.path, fingerprint.TEXT),
+        text=text_digest(config) or "",
         latent_channels=channels,
         pixels_per_latent=options.resolution // height,
-        text_width=text.null().embeds.shape[-1],
+        text_width=backbone.text_width,
         max_text_tokens=config.encoder.max_text_tokens,
         null_prompt=config.encoder.null_prompt,
     )
 
 
 def _conclude(packing: Packing, store: Store, options: Options, encoders: Encoders) -> None:
-    """Rank 0: null condition, list of what was left out, manifest."""
-    for name, body in encoders.null().items():
+    """Rank 0: null condition (edits hold one each), list of what was left out, manifest."""
+    for name, body in ({} if encoders.edits else encoders.null()).items():
         path = store.scratch() / name
         path.write_bytes(body)
         store.publish(path, name)

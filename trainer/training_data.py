@@ -55,13 +55,26 @@ def check_contents(config: Config, manifest: Manifest) -> None:
         check_encoders(config, manifest.encoded, manifest.shards[0].folder)
 
 
+def refuse_other_kind(kind: str, sees_images: bool) -> None:
+    """Raises ValueError where images are to be edited by a model that draws from text alone, or the other way round."""
+    if kind == "edits" and not sees_images:
+        raise ValueError(
+            "the data holds edits, but the model's text encoder sees no images; set model.path to a Qwen-Image-Edit folder"
+        )
+    if kind != "edits" and sees_images:
+        raise ValueError(
+            f"model.path is an editing model and the data holds {kind} without source images; pack edits (data pack --kind "
+            "edits), or set model.path to a text-to-image model"
+        )
+
+
 def check_encoders(config: Config, encoded: Encoded, where: str) -> None:
     """Raises ValueError naming every difference between the encoders that made the data and those of the run."""
     model, encoder = config.model, config.encoder
     pairs: list[tuple[str, object, object]] = [
         ("encoder.max_text_tokens", encoded.max_text_tokens, encoder.max_text_tokens),
         ("encoder.null_prompt", encoded.null_prompt, encoder.null_prompt),
-        ("text encoder", encoded.text, _digest(model["path"], fingerprint.TEXT)),
+        ("text encoder", encoded.text, text_digest(config)),
     ]
     if encoded.latents:
         refuse_samples(config)
@@ -82,6 +95,13 @@ def refuse_samples(config: Config) -> None:
             "encoder.latents=sample draws latents anew in every step, which precomputed latents cannot be; set "
             "encoder.latents=mean, or train on images"
         )
+
+
+def text_digest(config: Config) -> str | None:
+    """Digest of the text encoder, with the size at which it sees images where that is not the model's own; None where the
+    folder lacks it."""
+    digest, edge = _digest(config.model["path"], fingerprint.TEXT), config.encoder.seen_edge
+    return digest if digest is None or edge is None else f"{digest}-{edge}"
 
 
 def latent_digest(path: str, kind: str) -> str | None:

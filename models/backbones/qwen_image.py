@@ -1,10 +1,10 @@
-"""Qwen-Image: the diffusers transformer as a velocity network with a target time."""
+"""Qwen-Image and Qwen-Image-Edit: the diffusers transformer as a velocity network with a target time."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from models import attention
 from models.backbone import Conditioning
 from models.encoders.qwen_image import QwenImageLatents, QwenImageText
+from models.encoders.qwen_image_edit import QwenImageEditText, edit_pipeline
+from models.encoders.text import TextEncoder
 from models.precision import keep_float64
 from models.target_time import SINUSOID
 from models.transformer import TransformerBackbone, TransformerOptions
 
-UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+UNSUPPORTED = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
 
 
 @dataclass
@@ -39,6 +41,7 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
 
     family, class_name = "Qwen-Image", "QwenImageTransformer2DModel"
     text_class, latents_class = QwenImageText, QwenImageLatents
+    takes_references = True
     lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
@@ -65,6 +68,18 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
         nn.Module.to(self, dtype)  # diffusers' own `to` warns about an empty list of float32 modules
 
     @classmethod
+    def text_encoder(
+        cls, path: str | Path, device: torch.device | str, dtype: torch.dtype, max_tokens: int, null_prompt: str
+    ) -> TextEncoder:
+        kind = QwenImageText if edit_pipeline(path) is None else QwenImageEditText
+        return kind.from_folder(path, device, dtype, max_tokens, null_prompt)
+
+    @property
+    def time_rows(self) -> int:
+        """Times of one row: with zero_cond_t (Qwen-Image-Edit-2511) references have one of their own, which is 0."""
+        return 2 if self.config.zero_cond_t else 1
+
+    @classmethod
     def vae_shape(cls, config: Mapping[str, Any]) -> tuple[int, int]:
         return config["z_dim"], 2 ** len(config["temperal_downsample"])
 
@@ -89,19 +104,26 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
         embeds = cond.embeds.masked_fill(~cond.mask[..., None], 0)
         dtype, patch = self.img_in.weight.dtype, self.patch
         rows, _, height, width = x_t.shape
-        grid = (1, height // patch, width // patch)
-        with self.times(t, t if r is None else r):
+        # References follow the image as further tokens and frames; what comes out in their place is nobody's.
+        images = (x_t, *cond.references)
+        tokens = torch.cat([pack(image.to(dtype), patch) for image in images], dim=1)
+        grids = [(1, image.shape[2] // patch, image.shape[3] // patch) for image in images]
+        with self.times(*(self._with_zero(time) for time in (t, t if r is None else r))):
             # The mask goes in even when it is all ones: a row must not depend on the captions of the other rows.
-            (tokens,) = super().forward(
-                hidden_states=pack(x_t, patch).to(dtype),
+            (out,) = super().forward(
+                hidden_states=tokens,
                 encoder_hidden_states=embeds.to(dtype),
                 encoder_hidden_states_mask=cond.mask,
                 timestep=t,
-                img_shapes=[[grid]] * rows,
-                attention_kwargs=self._packing(cond.mask, math.prod(grid)),
+                img_shapes=[grids] * rows,
+                attention_kwargs=self._packing(cond.mask, tokens.shape[1]),
                 return_dict=False,
             )
-        return unpack(tokens, patch, height, width).to(x_t.dtype)
+        return unpack(out[:, : self.tokens(x_t.shape)], patch, height, width).to(x_t.dtype)
+
+    def _with_zero(self, times: Tensor) -> Tensor:
+        """The times of all rows, then those of their references, as diffusers orders them."""
+        return times if self.time_rows == 1 else torch.cat([times, torch.zeros_like(times)])
 
     def use_attention(self, requested: str, device: torch.device, dtype: torch.dtype) -> attention.Choice:
         """Choose the kernel for blocks that compute in `dtype` on `device` (models/attention.py) and use it."""
@@ -116,6 +138,16 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
             {"packing": attention.pack(nn.functional.pad(mask, (0, image_tokens), value=True))} if self._packs else None
         )
 
+    def _check(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
+        super()._check(x_t, t, cond)
+        for reference in cond.references:
+            rows, channels, height, width = reference.shape
+            if (rows, channels) != x_t.shape[:2] or height % self.patch or width % self.patch:
+                raise ValueError(
+                    f"reference latents of shape {tuple(reference.shape)} do not fit latents {tuple(x_t.shape)}: they need "
+                    f"as many rows and channels, and a height and width divisible by {self.patch}"
+                )
+
     def chained_inputs(self) -> Sequence[str]:
         return ("encoder_hidden_states", "hidden_states")
 
@@ -126,10 +158,10 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
         return [name for name, _ in self.named_parameters() if name.startswith(idle)]
 
     def flops(self, batch: int, tokens: int, text_tokens: int) -> int:
-        """Matrix products and attention of one forward pass; tokens: image tokens (patches) of a row."""
+        """Matrix products and attention of one forward pass; tokens: patches of a row's image and references."""
         width, patch_width = self.inner_dim, self.config.patch_size**2 * self.out_channels
         ends = tokens * self.config.in_channels * width + text_tokens * self.config.joint_attention_dim * width
-        ends += 2 * (SINUSOID + width) * width  # time and target-time embedding
+        ends += self.time_rows * 2 * (SINUSOID + width) * width  # time and target-time embedding
         ends += 2 * width**2 + tokens * width * patch_width
         return self.recompute_flops(batch, tokens, text_tokens) + 2 * batch * ends
 
@@ -140,14 +172,14 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
         Attention counts as its four products; flash kernels compute the scores once more.
         """
         width = self.inner_dim
-        inputs = (tokens * self.config.in_channels + 2 * SINUSOID) * width
+        inputs = (tokens * self.config.in_channels + self.time_rows * 2 * SINUSOID) * width
         idle = text_tokens * (1 + 8) * width**2  # output projection, feed-forward
         return 2 * self.flops(batch, tokens, text_tokens) - 2 * batch * (inputs + 2 * idle)
 
     def recompute_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """The forward pass of the blocks, all of which are checkpoint units."""
         width, joint = self.inner_dim, tokens + text_tokens
-        block = 2 * 6 * width**2  # modulation of both streams, once per row
+        block = (self.time_rows + 1) * 6 * width**2  # modulation of image and text, once per row and time
         block += joint * (3 + 1 + 8) * width**2  # query, key, value; output; feed-forward of 4 x width
         block += 2 * joint**2 * width  # scores and weighted sum
         return 2 * batch * len(self.transformer_blocks) * block

@@ -164,8 +164,6 @@ class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
         return torch.arange(length, device=real.device) < _padded(real)[:, None]
 
     def _check(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
-        if cond.references:
-            raise NotImplementedError("reference latents (image editing) are not supported by this Z-Image backbone")
         super()._check(x_t, t, cond)
         # Positions beyond the tables are found here: on a GPU the lookup would abort the process.
         most, *edges = self.axes_lens

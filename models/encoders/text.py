@@ -24,6 +24,8 @@ class TextEncoder(ABC):
 
     longest: ClassVar[int]
     """Most tokens of a caption that the pipeline takes."""
+    sees_images: ClassVar[bool] = False
+    """Whether captions are instructions, encoded with the source images that they are about."""
 
     def __init__(self, max_tokens: int, null_prompt: str):
         if not 1 <= max_tokens <= self.longest:
@@ -45,10 +47,17 @@ class TextEncoder(ABC):
         """The networks as an engine can spread them over ranks."""
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> Conditioning:
-        """Conditions of B captions, padded to the longest; equal captions are encoded once. embeds: encoder dtype."""
+    def encode(self, captions: Sequence[str], sources: Sequence[Tensor] = ()) -> Conditioning:
+        """Conditions of B captions, padded to the longest; equal captions are encoded once. embeds: encoder dtype.
+
+        sources: source images of edits, which encoders that see none refuse.
+        """
         if not captions:
             raise ValueError("no captions to encode")
+        if sources:
+            raise ValueError(
+                "this model's text encoder sees no images: to train on edits, set model.path to a Qwen-Image-Edit folder"
+            )
         unique = list(dict.fromkeys(captions))
         encoded, cut = self._encode(unique)
         position = {caption: index for index, caption in enumerate(unique)}

@@ -1,5 +1,6 @@
 """Tiny Qwen-Image pipelines: `digits` generates 8x8 grey pixels without a VAE, small enough to train on two CPU cores;
-`pipeline` goes through every component and is as small as they allow."""
+`pipeline` goes through every component and is as small as they allow; `edit` and `edit_plus` edit images, the latter with
+references at time 0 (zero_cond_t), as Qwen-Image-Edit-2511."""
 
 from __future__ import annotations
 
@@ -9,17 +10,23 @@ from typing import Any
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from models.encoders.qwen_image_edit import ImagesAndText
 from models.tiny_pipelines.prompts import PROMPTS
 
 SPECIAL_IDS = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>", "pad_token_id": "<|endoftext|>"}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+EDITORS: dict[str, Any] = {"edit": QwenImageEditPipeline, "edit_plus": QwenImageEditPlusPipeline}
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -43,6 +50,10 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
         "axes_dims_rope": (4, 6, 6),
     },
 }
+TRANSFORMERS |= {
+    "edit": TRANSFORMERS["pipeline"],
+    "edit_plus": {**TRANSFORMERS["pipeline"], "zero_cond_t": True},
+}
 VAE: dict[str, Any] = {
     "base_dim": 8,
     "z_dim": 4,
@@ -58,18 +69,30 @@ TEXT_ENCODERS: dict[str, dict[str, Any]] = {
     "digits": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "mrope_section": [2, 3, 3]},
     "pipeline": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "mrope_section": [1, 1, 2]},
 }
+TEXT_ENCODERS |= {"edit": TEXT_ENCODERS["pipeline"], "edit_plus": TEXT_ENCODERS["pipeline"]}
 
 
-def build(preset: str) -> QwenImagePipeline:
+def build(preset: str) -> Any:
     """The whole pipeline in memory, float32, from torch's random generator as it stands."""
-    words = tokenizer()
-    return QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLQwenImage(**VAE),
-        text_encoder=text_encoder(preset, words),
-        tokenizer=words,
-        transformer=QwenImageTransformer2DModel(**TRANSFORMERS[preset]),
-    )
+    kind = EDITORS.get(preset, QwenImagePipeline)
+    words = tokenizer(kind)
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "vae": AutoencoderKLQwenImage(**VAE),
+        "text_encoder": text_encoder(preset, words),
+        "tokenizer": words,
+        "transformer": QwenImageTransformer2DModel(**TRANSFORMERS[preset]),
+    }
+    if preset in EDITORS:
+        parts["processor"] = PublishedProcessor(Qwen2VLImageProcessorPil(), words)
+    return kind(**parts)
+
+
+class PublishedProcessor(ImagesAndText):
+    """Goes by the name that published folders have in model_index.json."""
+
+
+PublishedProcessor.__name__, PublishedProcessor.__module__ = "Qwen2VLProcessor", "transformers"
 
 
 def text_encoder(preset: str, words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
@@ -97,24 +120,30 @@ def text_encoder(preset: str, words: Qwen2Tokenizer) -> Qwen2_5_VLForConditional
             "fullatt_block_indexes": [1],
         },
         **special,
+        **{
+            f"{name}_token_id": words.convert_tokens_to_ids(token)
+            for name, token in zip(("vision_start", "vision_end", "image", "video"), IMAGE_TOKENS, strict=True)
+            if preset in EDITORS
+        },
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE in which every word of Qwen-Image's prompt template and of the demo captions is one token.
+def tokenizer(kind: Any = QwenImagePipeline) -> Qwen2Tokenizer:
+    """A byte-level BPE in which every word of the pipeline's prompt template and of the demo captions is one token.
 
-    The template before the caption is then 34 tokens long, as with the published vocabulary, and QwenImagePipeline
-    drops exactly it.
+    The template before the caption is then 34 tokens long (64 of editing), as with the published vocabulary, and the
+    pipeline drops exactly it.
     """
-    pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None)
-    template = pipeline.prompt_template_encode
-    for special in SPECIAL_TOKENS:
-        template = template.replace(special, "\n")
-    return qwen_tokenizer([template.format(prompt) for prompt in PROMPTS])
+    editing = {"processor": None} if kind is not QwenImagePipeline else {}
+    pipeline = kind(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None, **editing)
+    special, template = (*SPECIAL_TOKENS, *(IMAGE_TOKENS if editing else ())), pipeline.prompt_template_encode
+    for token in special:
+        template = template.replace(token, "\n")
+    return qwen_tokenizer([template.format(prompt) for prompt in PROMPTS], special)
 
 
-def qwen_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
+def qwen_tokenizer(texts: list[str], special: tuple[str, ...] = SPECIAL_TOKENS) -> Qwen2Tokenizer:
     """A byte-level BPE in which every word of the texts is one token."""
     empty = Qwen2Tokenizer()
     bpe = Tokenizer(models.BPE())
@@ -127,7 +156,7 @@ def qwen_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
     described = json.loads(bpe.to_str())["model"]
     # vocab= and merges= are the names that transformers 5 reads; vocab_file= is accepted and yields no tokens.
     built = Qwen2Tokenizer(vocab=described["vocab"], merges=[tuple(pair) for pair in described["merges"]])
-    built.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
+    built.add_special_tokens({"additional_special_tokens": list(special[1:])})
     return built
 
 

@@ -148,7 +148,9 @@ def test_every_caption_is_encoded_and_drawn_with_its_own_embedding(folder: Path)
     assert len(captions) > 12, "hardly a second caption was drawn"
 
 
-def test_edits_hold_reference_latents_and_their_own_null_condition(folder: Path) -> None:
+def test_edits_hold_reference_latents_and_their_own_null_condition(tmp_path: Path) -> None:
+    folder = tmp_path
+    tiny.write(folder / "model", "edit_plus", seed=0)
     source = folder / "edits"
     source.mkdir()
     for n in range(4):
@@ -156,9 +158,10 @@ def test_edits_hold_reference_latents_and_their_own_null_condition(folder: Path)
         (source / f"{n}.source.png").write_bytes(body(picture(16, 64, 50 + n)))
         (source / f"{n}.txt").write_text(CAPTIONS[n])
     wide = ("--kind", "edits", "--max-aspect", "4")
+    small = ("--set", "encoder.seen_edge=64")
     assert pack_main([str(source), str(folder / "edits-plain"), *PACK, *wide]) == 0
-    assert precompute.main(command(folder, "edits", "edits-made", *wide)) == 0
-    fly, stored = encoding(folder, folder / "edits-plain"), encoding(folder, folder / "edits-made")
+    assert precompute.main(command(folder, "edits", "edits-made", *wide, *small)) == 0
+    fly, stored = (encoding(folder, folder / name, encoder__seen_edge=64) for name in ("edits-plain", "edits-made"))
     stored.load_text = stored.load_latents = refuse
     found = rows(stored, folder / "edits-made", 4)
     assert len(found) == 4 and same(rows(fly, folder / "edits-plain", 4), found)

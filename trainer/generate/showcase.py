@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 COLLAPSE_BEST, COLLAPSE_CHECKS = "collapse_best", "collapse_checks"
 CONDITIONS, NOISES = 4, 8
 """Captions per rank, and one-step samples of each, that the collapse alarm looks at."""
+EDITS = 4
+"""Held-out edits on a sheet."""
 
 
 @dataclass
@@ -68,8 +70,10 @@ class Showcase:
         return metrics
 
     def grids(self, run: Run) -> None:
-        """One contact sheet per preset: a row of samples for every prompt, the same noise at every step."""
+        """One contact sheet per preset: a row of samples for every prompt, or held-out edits, the same noise at every step."""
         options = run.config.sample
+        if self.held_out_batch is not None and self.held_out_batch.has_sources:
+            self._edits(run, self.held_out_batch)
         if not options.prompts:
             return
         captions = [prompt for prompt in options.prompts for _ in range(options.columns)]
@@ -77,11 +81,37 @@ class Showcase:
             images = self._images(run, captions, name)
             if images is None:
                 continue
-            path = run.folder.pictures / f"{name}_step{run.step:08d}.png"
-            title = f"{run.config.run.name}, step {run.step}, {name}, {options.weights} weights"
-            write_grid(path, images, options.prompts, title)
-            self.pictures.append(str(path))
-            run.tracker.artifact(path, "pictures")
+            self._write(run, name, images, options.prompts)
+
+    def _edits(self, run: Run, batch: Batch) -> None:
+        """One sheet per preset of the first held-out edits of rank 0: source, target, and what the model makes of it.
+
+        All ranks make the same passes, each for its own rows.
+        """
+        x, cond, _ = run.encoding.encode(batch)
+        count = min(EDITS, len(batch))
+        x, cond = x[:count], cond[:count]
+        ids = torch.arange(count) + run.world.rank * count
+        decode = run.encoding.latents.decode
+        with run.stages("sample"), run.nets.aside(), run.engine.weights(run.config.sample.weights):
+            target, source = decode(x), decode(cond.references[0])
+            source = torch.nn.functional.interpolate(source, target.shape[-2:], mode="area")
+            for name in run.config.sample.presets:
+                edited = decode(
+                    sample(
+                        run.nets, cond, tuple(x.shape[1:]), preset(name), run.config.run.seed, ids, run.engine.device
+                    )
+                )
+                images = torch.stack([source, target, edited], dim=1).flatten(0, 1)
+                if run.world.rank == 0:
+                    self._write(run, f"edits_{name}", images, batch.captions[:count])
+
+    def _write(self, run: Run, name: str, images: Tensor, captions: Sequence[str]) -> None:
+        path = run.folder.pictures / f"{name}_step{run.step:08d}.png"
+        title = f"{run.config.run.name}, step {run.step}, {name}, {run.config.sample.weights} weights"
+        write_grid(path, images, captions, title)
+        self.pictures.append(str(path))
+        run.tracker.artifact(path, "pictures")
 
     def evaluate(self, run: Run) -> dict[str, dict[str, float]]:
         """Scores of the configured yardstick by number of network evaluations, on rank 0; empty elsewhere."""

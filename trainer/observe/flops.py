@@ -33,7 +33,8 @@ class PassFlops:
 
     def __call__(self, x_t: Tensor, cond: Conditioning, graded: bool) -> int:
         """x_t: [B, C, H, W]; cond: its rows of conditions; graded: a backward pass follows."""
-        size = len(x_t), self.backbone.tokens(x_t.shape), cond.embeds.shape[1]
+        tokens = sum(self.backbone.tokens(image.shape) for image in (x_t, *cond.references))
+        size = len(x_t), tokens, cond.embeds.shape[1]
         return self.backbone.flops(*size) + (_backward(self.backbone, *size) if graded else 0)
 
 

@@ -32,7 +32,7 @@ class Family:
     in a folder, as its pipeline calls it; block: one whose output has the dtype of the blocks; root: modules outside the
     blocks; idle: parameters without gradient; size, second: parameters of the published transformer without E2, and of
     E2; config: where it is not the diffusers class's default; latent: of an image of 1024 x 768 pixels; second_time:
-    what E2 takes."""
+    what E2 takes; references: height and width of the row's reference images [pixels]."""
 
     backbone: Any
     preset: str
@@ -46,6 +46,7 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
     latent: tuple[int, int, int] = (16, 128, 96)
     second_time: Callable[[Tensor, Tensor], Tensor] = lambda t, r: r
+    references: tuple[tuple[int, int], ...] = ()
 
     def load(self, folder: Path) -> Any:
         model = self.backbone.from_folder(folder, device="cpu")
@@ -60,21 +61,26 @@ class Family:
         embeds = torch.randn(3, max(self.text), model.text_width, generator=generator)
         mask = torch.arange(max(self.text)) < torch.tensor(self.text)[:, None]
         pooled = None if model.pooled_width is None else torch.randn(3, model.pooled_width, generator=generator)
-        return x_t, t, t * 0.25, Conditioning(embeds, mask, pooled)
+        return x_t, t, t * 0.25, Conditioning(embeds, mask, pooled, self.reference_latents(model, 3))
+
+    def reference_latents(self, model: Any, rows: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(4)
+        return tuple(torch.randn(rows, *model.latent_shape(size), generator=generator) for size in self.references)
 
 
 def _qwen_image(folder: Path, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     base = QwenImageTransformer2DModel.from_pretrained(folder / "transformer")
-    rows, channels, height, width = x_t.shape
+    images = [QwenImagePipeline._pack_latents(x, *x.shape) for x in (x_t, *cond.references)]
     tokens = base(
-        hidden_states=QwenImagePipeline._pack_latents(x_t, rows, channels, height, width),
+        hidden_states=torch.cat(images, dim=1),
         encoder_hidden_states=cond.embeds,
         encoder_hidden_states_mask=cond.mask,
         timestep=t,
-        img_shapes=[[(1, height // 2, width // 2)]] * rows,
+        img_shapes=[[(1, x.shape[2] // 2, x.shape[3] // 2) for x in (x_t, *cond.references)]] * len(x_t),
         return_dict=False,
     )[0]
-    velocity: Tensor = QwenImagePipeline._unpack_latents(tokens, height, width, 1)[:, :, 0]
+    tokens = tokens[:, : images[0].shape[1]]
+    velocity: Tensor = QwenImagePipeline._unpack_latents(tokens, *x_t.shape[2:], 1)[:, :, 0]
     return velocity
 
 
@@ -109,6 +115,19 @@ FAMILIES = {
         idle=6,
         size=20_430_401_088,
         second=10_229_760,
+    ),
+    # Two references at time 0, as of Qwen-Image-Edit-2511.
+    "qwen_image_edit": Family(
+        QwenImage,
+        "edit_plus",
+        (5, 3, 1),
+        _qwen_image,
+        "transformer_blocks.0.img_mlp",
+        ("time_text_embed", "time_text_embed_2", "img_in", "txt_in", "proj_out"),
+        idle=6,
+        size=20_430_401_088,
+        second=10_229_760,
+        references=((32, 48), (64, 16)),
     ),
     # Texts are of one length, and there is no mask.
     "sd3": Family(
