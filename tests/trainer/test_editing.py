@@ -19,9 +19,10 @@ from models import tiny
 from models.tiny_pipelines.prompts import CAPTIONS
 from tests.data.pictures import body, picture
 from tests.ranks import run_ranks
-from tests.trainer.precomputing import PACK, SMOKE, settings, train_here, write_pictures
+from tests.trainer.precomputing import PACK, SMOKE, settings, train_here
 from trainer.build import latent_encoder, text_encoder
 from trainer.encoding import Encoding
+from trainer.training_data import refuse_other_kind
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -106,16 +107,18 @@ def test_the_null_condition_is_the_null_instruction_on_the_rows_own_image(
     [
         ("pipeline", {}, "set model.path to a Qwen-Image-Edit folder"),
         ("edit", {"sample__prompts": "[a red fox]"}, "sample.prompts have no source images; leave it empty"),
-        ("edit", {"data__manifest": "images", "data__held_out": "null"}, "set model.path to a text-to-image model"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_the_first_step(
     place: Path, tmp_path: Path, model: str, more: dict[str, Any], remedy: str
 ) -> None:
-    if "data__manifest" in more:
-        write_pictures(tmp_path / "pictures", 8)
-        assert pack_main([str(tmp_path / "pictures"), str(tmp_path / "images"), *PACK]) == 0
-        more = more | {"data__manifest": tmp_path / "images"}
     code, losses, message = run_ranks(train_here, 1, overrides(place, model, tmp_path / "run", **more))[0]
     assert code == 1 and not losses
     assert remedy in message
+
+
+def test_an_editing_model_is_not_trained_without_sources() -> None:
+    with pytest.raises(ValueError, match=r"set model\.path to a text-to-image model"):
+        refuse_other_kind("images", sees_images=True)
+    refuse_other_kind("images", sees_images=False)
+    refuse_other_kind("edits", sees_images=True)
