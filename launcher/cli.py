@@ -240,7 +240,7 @@ def export(
 
 @model_app.command("tiny", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def model_tiny(context: typer.Context, dest: Path) -> None:
-    """Write a tiny Qwen-Image folder with random weights (options: python -m models.tiny --help)."""
+    """Write a tiny model folder of any backbone with random weights (options: python -m models.tiny --help)."""
     _module("models.tiny", str(dest), *context.args)
 
 
