@@ -108,9 +108,9 @@ def test_graded_passes_hold_online_rows_alone(folder: Path, rows: Rows) -> None:
         model(x_t, t, r, cond, weights=torch.tensor([0, 1, 0]))
     with torch.no_grad():
         expected = model(x_t, t, r, cond)
+        model(x_t, t, r, cond, weights=torch.tensor([0, 1, 0]))
         with pytest.raises(ValueError, match="do not fit"):
             model(x_t[:, :1], t, r, cond, weights=torch.tensor([0, 1, 0]))
-        assert torch.equal(model(x_t, t, r, cond), expected), "a failed pass left its rows behind"
     graded = model(x_t, t, r, cond)
     torch.testing.assert_close(graded, expected)
     graded.sum().backward()
