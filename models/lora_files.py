@@ -4,6 +4,9 @@ For an export (trainer/initial_weights.py restores a run's checkpoint into a bac
 writes the adapters alone, `merge(state, base, options)` gives the weights of a model without adapters. state: tensors by
 parameter name, adapters among them (`Engine.full_state`, or the groups `parameter` and `ema` of a checkpoint, whose names
 are the same).
+
+Adapters of the variant single_time mean something to every pipeline of the base model; those of second_embedding need
+the transformer with two times, so they are for going on (init_from) or for merging.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def check(found: Mapping[str, list[float]], saved: Mapping[str, Any], model_path
         if earlier is not None and not all(map(_close, own, earlier)):
             raise CheckpointError(
                 f"the weights in {model_path} (model.path) are not those that this run was started with, and {_USES[key]}: "
-                f"fingerprint {own} where the checkpoint says {list(earlier)}. Set model.path to the initial weights, or "
-                "start a new run with --fresh"
+                f"fingerprint {own} where the checkpoint says {list(earlier)}. Set model.path (init_from.path, where "
+                "that named a whole model) to the initial weights, or start a new run with --fresh"
             )
 
 

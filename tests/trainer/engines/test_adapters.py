@@ -170,9 +170,11 @@ def test_another_base_is_refused(folder: str, tmp_path: Path) -> None:
 # ---- passes
 
 
-def outputs(folder: str, teacher: str, zero3: bool) -> dict[str, Tensor]:
-    dtype = torch.float32 if zero3 else torch.float64
-    engine = make_engine(folder, teacher, str(dtype).removeprefix("torch."), zero3)
+def outputs(folder: str, teacher: str, stage: int) -> dict[str, Tensor]:
+    if stage:
+        engine = make_engine(folder, teacher, "float32", zero3=True, stage=stage)
+    else:
+        engine = make_engine(folder, teacher)
     rows = slice(0, ROWS)
     with torch.no_grad():
         initial = velocity(engine, rows, TEACHER)
@@ -186,12 +188,14 @@ def outputs(folder: str, teacher: str, zero3: bool) -> dict[str, Tensor]:
     return found | {"initial": initial, "mixed": mixed, "evaluated": evaluated, "afterwards": afterwards}
 
 
-@pytest.mark.parametrize(("teacher", "zero3"), [("ema", False), ("frozen", False), ("online", False), ("ema", True)])
-def test_rows_compute_with_the_weights_they_name(folder: str, teacher: str, zero3: bool) -> None:
-    def same(a: Tensor, b: Tensor) -> None:
-        torch.testing.assert_close(a, b, **({"rtol": 1e-5, "atol": 1e-5} if zero3 else {"rtol": 1e-12, "atol": 1e-12}))
+@pytest.mark.parametrize(("teacher", "stage"), [("ema", 0), ("frozen", 0), ("online", 0), ("ema", 3), ("frozen", 2)])
+def test_rows_compute_with_the_weights_they_name(folder: str, teacher: str, stage: int) -> None:
+    """stage: of DeepSpeed's engine; 0 is FSDP2."""
 
-    for found in ranks(outputs, 2, folder, teacher, zero3):
+    def same(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a, b, **({"rtol": 1e-5, "atol": 1e-5} if stage else {"rtol": 1e-12, "atol": 1e-12}))
+
+    for found in ranks(outputs, 2, folder, teacher, stage):
         assert (found["online"] - found["evaluated"]).abs().max() > 1e-3
         assert (found["online"] - found["initial"]).abs().max() > 1e-3
         same(
@@ -245,3 +249,9 @@ def test_a_base_in_bfloat16_changes_no_bit_where_blocks_compute_so(folder: str) 
         assert all(torch.equal(narrow[group][name], tensor) for name, tensor in wide[group].items())
     in_blocks = {name for name in dtypes if name.startswith("transformer_blocks.")}
     assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == in_blocks and in_blocks != set(dtypes)
+
+
+def test_what_stage_2_cannot_do_is_refused(folder: str) -> None:
+    """Its ranks hold parts of the averages and compute with the whole."""
+    with pytest.raises(ValueError, match=r"averaged adapters as the teacher .* set engine\.stage=3"):
+        make_engine(folder, "ema", "float32", zero3=True, stage=2)
