@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ import diffusers
 import torch
 
 from data.s3 import DataError
-from models import weights
+from models import lora_files, weights
 from models.exported import bundle
 from models.transformer import TWIN
+from trainer.export_tensors import adapters, tensors
 from trainer.generate.sampler import preset
 from trainer.generate.scheduler import TwinFlowScheduler
 from trainer.model_card import Card, write_card
 from trainer.origin import Origin, find, transformer_class
-from trainer.plugins import plugin
 from trainer.saving.certificate import CheckpointError
 from trainer.train import check_package
 
@@ -49,13 +49,15 @@ class ExportRefused(ValueError):
 @dataclass(frozen=True)
 class Wanted:
     """weights: online | ema; dtype: of the transformer's files; preset: of a call that names none; license: of the base
-    model as the hub calls it, base_model: its name there; both may be unknown."""
+    model as the hub calls it, base_model: its name there; both may be unknown. adapters: the adapters alone,
+    in the file that `pipe.load_lora_weights` reads, in place of a whole folder with them merged in."""
 
     weights: str
     dtype: str = "bfloat16"
     preset: str = "2nfe"
     license: str | None = None
     base_model: str | None = None
+    adapters: bool = False
 
 
 def export(origin: Origin, dest: Path, wanted: Wanted) -> None:
@@ -69,6 +71,9 @@ def export(origin: Origin, dest: Path, wanted: Wanted) -> None:
         raise ExportRefused(f"{dest} exists; choose another folder or remove it")
     if origin.reader is None:
         raise ExportRefused(f"{origin.base} is a diffusers folder already; name a run or a checkpoint")
+    if wanted.adapters:
+        _export_adapters(origin, dest, wanted)
+        return
     if origin.config.model.get("latents") == "pixels":
         raise ExportRefused("a model of pixels (model.latents=pixels) has no VAE, and diffusers' pipelines need one")
     index = json.loads(_required(origin.base / "model_index.json").read_text())
@@ -85,6 +90,12 @@ def export(origin: Origin, dest: Path, wanted: Wanted) -> None:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _export_adapters(origin: Origin, dest: Path, wanted: Wanted) -> None:
+    found = adapters(origin, wanted.weights)
+    state = {name: tensor.to(DTYPES[wanted.dtype]) for name, tensor in found.items()}
+    lora_files.save(dest, state, origin.config.lora)
 
 
 def _write(folder: Path, origin: Origin, wanted: Wanted, index: dict[str, Any]) -> None:
@@ -109,7 +120,8 @@ def _write(folder: Path, origin: Origin, wanted: Wanted, index: dict[str, Any]) 
     (folder / "model_index.json").write_text(json.dumps(described, indent=2) + "\n")
     for file in origin.base.glob("LICENSE*"):
         _link(file, folder / file.name)
-    write_card(folder, Card(origin, **asdict(wanted)))
+    card = Card(origin, wanted.weights, wanted.dtype, wanted.preset, wanted.license, wanted.base_model)
+    write_card(folder, card)
 
 
 def _twin(base_class: str, folder: Path, suffix: str = "") -> list[str]:
@@ -129,29 +141,15 @@ def _classes(file: Path) -> set[str]:
 
 
 def _write_transformer(folder: Path, origin: Origin, wanted: Wanted, class_name: str) -> None:
-    """config.json and safetensors. What the checkpoint does not hold, tables that are never trained, is the base's."""
     base = weights.component(origin.base, "transformer")
     given = json.loads((base / "config.json").read_text())
     config = {key: value for key, value in given.items() if not key.startswith("_")}
     head = {"_class_name": class_name, "_diffusers_version": diffusers.__version__}
     (folder / "config.json").write_text(json.dumps({**head, **config}, indent=2, sort_keys=True) + "\n")
-    backbone_class, model = plugin("model", origin.config.model)
-    backbone = backbone_class.from_folder(model.path, latents=model.latents)
-    parameters = {name for name, _ in backbone.named_parameters()}
-    saved = origin.saved(wanted.weights)
-    if saved.keys() - {name for name, _ in weights.named_tensors(backbone)} or parameters - saved.keys():
-        raise ExportRefused(
-            f"the checkpoint and the base model {origin.base} hold other parameters; name with --base the folder that the "
-            "run was trained from"
-        )
-    dtype = DTYPES[wanted.dtype]
-    stored = {
-        name: torch.empty_like(tensor, device="meta", dtype=dtype if name in parameters else tensor.dtype)
-        for name, tensor in weights.named_tensors(backbone)
-    }
-    weights.write(
-        folder, stored, lambda name: origin.whole(wanted.weights, name) if name in saved else weights.read(base, name)
-    )
+    found = tensors(origin, wanted.weights)
+    for name in found.parameters:
+        found.stored[name] = torch.empty_like(found.stored[name], dtype=DTYPES[wanted.dtype])
+    weights.write(folder, found.stored, found.read)
 
 
 def _write_scheduler(folder: Path, origin: Origin, wanted: Wanted) -> list[str]:
@@ -159,7 +157,8 @@ def _write_scheduler(folder: Path, origin: Origin, wanted: Wanted) -> list[str]:
     defaults: dict[str, Any] = {"max_sequence_length": origin.config.encoder.max_text_tokens}
     if origin.resolution is not None:
         defaults |= {"height": origin.resolution[0], "width": origin.resolution[1]}
-    TwinFlowScheduler(preset=wanted.preset, call_defaults=defaults).save_pretrained(folder)
+    single_time = origin.config.lora.rank is not None and origin.config.lora.variant == "single_time"
+    TwinFlowScheduler(wanted.preset, defaults, single_time=single_time).save_pretrained(folder)
     (folder / "twinflow_scheduler.py").write_text(bundle.bundle(TwinFlowScheduler.__module__))
     return ["twinflow_scheduler", TwinFlowScheduler.__name__]
 
@@ -202,6 +201,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the transformer's files [%(default)s]")
     options.add_argument("--preset", default="2nfe", help="sampler of a call that names none [%(default)s]")
     options.add_argument("--base", metavar="FOLDER", help="base model folder, where it is not at the run's model.path")
+    options.add_argument("--adapters", action="store_true", help="of a LoRA run: its adapters alone, not merged")
     options.add_argument("--license", help="licence of the base model, for the model card; the hub's short name")
     options.add_argument("--base-model", metavar="REPO", help="name of the base model on the hub, for the model card")
     options.add_argument("--endpoint-url", help="S3 endpoint for stores other than AWS; default: the run's")
@@ -216,7 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
         preset(given.preset)
         origin = find(given.checkpoint, given.endpoint_url, given.base)
         chosen = origin.choose(given.weights)
-        export(origin, given.dest, Wanted(chosen, given.dtype, given.preset, given.license, given.base_model))
+        wanted = Wanted(chosen, given.dtype, given.preset, given.license, given.base_model, given.adapters)
+        export(origin, given.dest, wanted)
     except (CheckpointError, DataError, weights.CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

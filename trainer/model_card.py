@@ -141,6 +141,8 @@ def _recipe(card: Card) -> str:
     flat = configuration.identity(card.origin.config)
     nested: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
+        if key.endswith(".path"):
+            continue
         section, _, name = key.partition(".")
         nested.setdefault(section, {})[name] = value
     text = yaml.safe_dump(nested, sort_keys=False, default_flow_style=None, width=110).strip()

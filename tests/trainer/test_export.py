@@ -28,6 +28,11 @@ from trainer.run import Run
 PROMPTS = ["a handwritten zero", "a handwritten three, and a second one that is larger"]
 PRESETS = ("1nfe", "2nfe", "4nfe", "any2", "multi3")
 SEED = 5
+ADAPTED = {"lora.rank": 16, "optimizer.learning_rate": 0.02}
+CASES: dict[str, dict[str, Any]] = {name: {"model.name": name} for name in sorted(tiny.SMALLEST)} | {
+    "lora": {"model.name": "qwen_image", **ADAPTED},
+    "lora_single_time": {"model.name": "qwen_image", "lora.variant": "single_time", **ADAPTED},
+}
 TOKENS = 64
 
 
@@ -45,14 +50,13 @@ class Trained:
         return self.folder / "run"
 
 
-@pytest.fixture(scope="module", params=sorted(tiny.SMALLEST))
+@pytest.fixture(scope="module", params=CASES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     path = tmp_path_factory.mktemp(request.param)
-    tiny.write(path / "model", tiny.SMALLEST[request.param], seed=0)
+    tiny.write(path / "model", tiny.SMALLEST[CASES[request.param]["model.name"]], seed=0)
     write_pictures(path / "pictures", 16)
     assert pack_main([str(path / "pictures"), str(path / "data"), *PACK]) == 0
     given = {
-        "model.name": request.param,
         "data.held_out": path / "data",
         "objective.enhanced_ratio": 0.0,
         "objective.distance": "l2",
@@ -67,7 +71,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "sample.presets": "[2nfe]",
         "encoder.max_text_tokens": TOKENS,
     }
-    overrides = settings(path / "model", path / "data", path / "run", **given)
+    overrides = settings(path / "model", path / "data", path / "run", **(given | CASES[request.param]))
     before, after, images = run_ranks(trained_loss, 2, [str(SMOKE)], overrides, own_images, timeout=240.0)[0]
     return Trained(path, before, after, images)
 
@@ -188,7 +192,7 @@ def test_the_folder_holds_no_pickles_no_links_and_no_secrets(trained: Trained, e
     head, _, text = card.removeprefix("---\n").partition("\n---\n")
     assert "license: apache-2.0" in head and "base_model: someone/base" in head and "library_name: diffusers" in head
     assert "![2nfe](samples/2nfe.png)" in text and (exported / "samples/2nfe.png").exists()
-    assert "learning_rate: 0.01" in text and "distance: l2" in text and "someone/base" in text
+    assert "learning_rate: 0.0" in text and "distance: l2" in text and "someone/base" in text
     assert "licence was not given" not in text
 
 

@@ -22,7 +22,8 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
 
     preset: sampler of a call that asks for none: 1nfe, 2nfe, 4nfe, or fewN, anyN, multiN with N steps. A number of steps
     alone means the default preset's family with that many. call_defaults: arguments of the pipeline's call where the
-    user gives none. num_train_timesteps: what pipelines take for t = 1.
+    user gives none. num_train_timesteps: what pipelines take for t = 1. single_time: the network is asked at t - r/2 in
+    place of (t, r).
 
     `timesteps` are float32; the exact times of the evaluation at hand come from `now()`.
     """
@@ -36,6 +37,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         preset: str = "2nfe",
         call_defaults: dict[str, Any] | None = None,
         num_train_timesteps: int = 1000,
+        single_time: bool = False,
     ) -> None:
         self._generator: Any = None
         self._chosen: Sampler | None = None
@@ -91,9 +93,10 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         self._index = begin_index
 
     def now(self) -> tuple[float, float]:
-        """Time t and target time r of the evaluation at hand, in [0, 1]."""
+        """Time t and target time r of the evaluation at hand, in [0, 1], as the network takes them."""
         t, s = self._times[self._index : self._index + 2]
-        return t, self._sampler.target(t, s)
+        r = self._sampler.target(t, s)
+        return (t - r / 2, t - r / 2) if self.config.single_time else (t, r)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data.pack import main as pack_main
-from models import tiny
+from models import lora_files, tiny
 from tests.ranks import run_ranks
 from tests.trainer.precomputing import PACK, SMOKE, settings, write_pictures
 from tests.trainer.small_runs import trained_loss
-from trainer import export
+from trainer import export, export_tensors
 from trainer.engines.distributed import World
 from trainer.generate import draw
 
@@ -27,7 +29,8 @@ PROMPTS = ["a handwritten zero", 'Number "three", in a hat!', "a handwritten fiv
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model, prompts.txt, run (2 steps), bare (its checkpoint alone), exported, raw (a run without averages)."""
+    """model, prompts.txt, run (2 steps), bare (its checkpoint alone), exported, raw (a run without averages),
+    adapted (a LoRA run)."""
     path = tmp_path_factory.mktemp("draw")
     tiny.write(path / "model", "pipeline", seed=0)
     write_pictures(path / "pictures", 16)
@@ -40,6 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         overrides = settings(path / "model", path / "data", path / run, **(common | more))
         run_ranks(trained_loss, 2, [str(SMOKE)], overrides)
+    adapted = {"lora.rank": 4, "ema.decay": 0, "sample.weights": "online"}
+    overrides = settings(path / "model", path / "data", path / "adapted", **(common | adapted))
+    run_ranks(trained_loss, 2, [str(SMOKE)], overrides)
     shutil.copytree(path / "run/checkpoints/step_00000002", path / "bare/step_00000002")
     assert export.main([str(path / "run"), str(path / "exported"), "--dtype", "float32"]) == 0
     return path
@@ -92,6 +98,40 @@ def test_what_was_asked_shows_in_the_images(folder: Path, tmp_path: Path) -> Non
     assert all(distance(drawn[name], drawn["plain"]) > 1 for name in drawn if name != "plain")
     wide = images(folder, "run", tmp_path / "wide", "--resolution", "32x64")
     assert {image.shape for image in wide.values()} == {(32, 64, 3)}
+
+
+def test_adapters_are_drawn_with_merged_and_saved_alone(folder: Path, tmp_path: Path) -> None:
+    run, merged, alone = folder / "adapted", tmp_path / "merged", tmp_path / "alone"
+    assert export.main([str(run), str(merged), "--dtype", "float32"]) == 0
+    assert export.main([str(run), str(alone), "--dtype", "float32", "--adapters"]) == 0
+    own = images(folder, "adapted", tmp_path / "own", "--preset", "2nfe", ranks=2)
+    assert distance(images(folder, str(merged), tmp_path / "of-merged", "--preset", "2nfe"), own) <= 1
+    saved = lora_files.read(alone)
+    assert saved.options.rank == 4 and any(bool((tensor != 0).any()) for tensor in saved.tensors.values())
+    assert [file.name for file in alone.iterdir()] == [lora_files.FILE]
+
+
+def test_adapters_on_another_base_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    tiny.write(other, "pipeline", seed=1)
+
+    @contextlib.contextmanager
+    def on_a_rank(*_: object) -> Iterator[None]:
+        """A process group that goes also after an error."""
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    monkeypatch.setattr(export_tensors, "process_group", on_a_rank)
+    assert export.main([str(folder / "adapted"), str(tmp_path / "out"), "--base", str(other)]) == 1
+    assert "are not those that this run was started with" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert export.main([str(folder / "run"), str(tmp_path / "out"), "--adapters"]) == 1
+    assert "holds no finite adapters" in capsys.readouterr().err
 
 
 @pytest.fixture
