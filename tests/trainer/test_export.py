@@ -38,12 +38,13 @@ TOKENS = 64
 
 @dataclass
 class Trained:
-    """A run of 20 steps on 2 ranks. images: of its own sampler, by weights and preset."""
+    """A run of 20 steps on 2 ranks. images: of its own sampler, by weights and preset; more: its overrides."""
 
     folder: Path
     before: float
     after: float
     images: dict[str, dict[str, Tensor]]
+    more: dict[str, Any]
 
     @property
     def run(self) -> Path:
@@ -56,7 +57,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     tiny.write(path / "model", tiny.SMALLEST[CASES[request.param]["model.name"]], seed=0)
     write_pictures(path / "pictures", 16)
     assert pack_main([str(path / "pictures"), str(path / "data"), *PACK]) == 0
-    given = {
+    given: dict[str, Any] = {
         "data.held_out": path / "data",
         "objective.enhanced_ratio": 0.0,
         "objective.distance": "l2",
@@ -70,10 +71,10 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "sample.prompts": json.dumps(PROMPTS),
         "sample.presets": "[2nfe]",
         "encoder.max_text_tokens": TOKENS,
-    }
-    overrides = settings(path / "model", path / "data", path / "run", **(given | CASES[request.param]))
+    } | CASES[request.param]
+    overrides = settings(path / "model", path / "data", path / "run", **given)
     before, after, images = run_ranks(trained_loss, 2, [str(SMOKE)], overrides, own_images, timeout=240.0)[0]
-    return Trained(path, before, after, images)
+    return Trained(path, before, after, images, given)
 
 
 def own_images(run: Run) -> dict[str, dict[str, Tensor]]:
@@ -157,6 +158,15 @@ def test_online_weights_leave_by_the_same_way(trained: Trained, plain: Plain) ->
     assert distance(images["4nfe"], trained.images["online"]["4nfe"]) <= 1e-5
 
 
+def test_a_run_starts_from_an_export(trained: Trained, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    assert export.main([str(trained.run), str(exported), "--weights", "online", "--dtype", "float32"]) == 0
+    given = trained.more | {"init_from.path": exported, "train.steps": 1}
+    overrides = settings(trained.folder / "model", trained.folder / "data", tmp_path / "run", **given)
+    before, _, _ = run_ranks(trained_loss, 2, [str(SMOKE)], overrides, timeout=240.0)[0]
+    assert before == pytest.approx(trained.after, rel=1e-5)  # adapters are merged in float32
+
+
 def test_the_stock_pipeline_class_draws_with_few_presets(trained: Trained, exported: Path, plain: Plain) -> None:
     off: dict[str, dict[str, Any]] = {
         "qwen_image": {},
@@ -165,13 +175,8 @@ def test_the_stock_pipeline_class_draws_with_few_presets(trained: Trained, expor
         "z_image": {"guidance_scale": 0.0},
     }
     call = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": TOKENS}
-    images = drawn(plain, exported, {"one": call | off[model_name(trained)]}, stock=True)
+    images = drawn(plain, exported, {"one": call | off[trained.more["model.name"]]}, stock=True)
     assert distance(images["one"], trained.images["ema"]["1nfe"]) <= 1e-5
-
-
-def model_name(trained: Trained) -> str:
-    recorded = json.loads((trained.run / "run.json").read_text())
-    return str(recorded["identity"]["model.name"])
 
 
 def test_the_folder_holds_no_pickles_no_links_and_no_secrets(trained: Trained, exported: Path) -> None:
