@@ -16,6 +16,7 @@ import torch
 from configs.load import digest, identity
 from configs.rules import accumulation
 from configs.schema import Config
+from configs.schema import Encoder as EncoderKnobs
 from data.batch import Batch
 from data.demo import CAPTIONS
 from data.loader import Loader
@@ -194,6 +195,10 @@ def build_encoding(
     if manifest.kind == "edits" and config.sample.prompts:
         raise ValueError(
             "sample.prompts have no source images; leave it empty: grids show held-out edits (data.held_out)"
+        )
+    if manifest.kind == "edits" and objective.needs_null and config.encoder.null_prompt == EncoderKnobs().null_prompt:
+        log.warning(
+            "encoder.null_prompt is %r; the published one of editing is 'Edit this image.'", config.encoder.null_prompt
         )
     prompts = [*config.sample.prompts, *(CAPTIONS if config.evaluate.name == "digits" else ())]
     encoding.keep_prompts(prompts)

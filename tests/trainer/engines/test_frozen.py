@@ -82,6 +82,28 @@ def test_sharded_encoders_give_the_same_bits_with_equal_gathers(folder: Path, ra
         assert found["noted"] == 0
 
 
+def _edits(folder: Path) -> tuple[bool, int]:
+    """Whether sharded conditions of edits are the whole encoder's, and the gathers of a call."""
+    rows = 1 + dist.get_rank()  # unequal on purpose
+    source = torch.rand(rows, 3, 32, 48, generator=torch.Generator().manual_seed(rows)) * 2 - 1
+    found = []
+    for sharded in (False, True):
+        text: Any = plugin("model", {"name": "qwen_image"})[0].text_encoder(folder, "cpu", torch.float32, 64, "x")
+        text.seen_edge = 64
+        for parts in text.shards() if sharded else ():
+            shard_frozen(*parts, mesh=device_mesh(CPU))
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            found.append(text.encode(CAPTIONS[:rows], (source,)).embeds)
+        gathers = sum(event.count for event in trace.key_averages() if event.key == "c10d::_allgather_base_")
+    return torch.equal(*found), gathers
+
+
+def test_the_encoder_of_edits_shards_with_its_image_tower(tmp_path: Path) -> None:
+    tiny.write(tmp_path / "model", "edit_plus", seed=0)
+    towers = 2 + LAYERS
+    assert run_ranks(_edits, 2, tmp_path / "model", timeout=120) == [(True, towers + 1)] * 2
+
+
 @pytest.mark.parametrize("name", sorted(tiny.SMALLEST.keys() - {"qwen_image"}))
 def test_encoders_of_every_backbone_shard(name: str, tmp_path: Path) -> None:
     tiny.write(tmp_path / "model", tiny.SMALLEST[name], seed=0)
