@@ -97,6 +97,10 @@ def encoded(origin: Origin, captions: Sequence[str], device: torch.device) -> li
     """Conditions of the captions, on the CPU; each is encoded alone, so that it does not depend on its company. The text
     encoder is gone before the transformer comes."""
     encoder = text_encoder(origin.config, device)
+    if encoder.sees_images:
+        raise ValueError(
+            f"{origin.base} is an editing model, and prompts alone are no edits; a run's pictures/ show held-out edits"
+        )
     known = {caption: encoder.encode([caption]).to("cpu", torch.float32) for caption in dict.fromkeys(captions)}
     del encoder
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from PIL import Image
 
 from data.pack import main as pack_main
 from models import lora_files, tiny
+from tests.data.conftest import ObjectStore, store  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
 from tests.trainer.precomputing import PACK, SMOKE, settings, write_pictures
 from tests.trainer.small_runs import trained_loss
@@ -132,6 +133,26 @@ def test_adapters_on_another_base_are_refused(
     assert not (tmp_path / "out").exists()
     assert export.main([str(folder / "run"), str(tmp_path / "out"), "--adapters"]) == 1
     assert "holds no adapters: lora.rank was null" in capsys.readouterr().err
+
+
+def test_a_checkpoint_on_s3_says_itself_what_it_is(folder: Path, tmp_path: Path, store: ObjectStore) -> None:  # noqa: F811
+    checkpoint = store.upload(folder / "bare/step_00000002", "draw", "of/a/run/step_00000002")
+    for where in (checkpoint, checkpoint.rpartition("/")[0]):
+        out = tmp_path / where.rpartition("/")[2]
+        more = ("--dtype", "float32", "--endpoint-url", store.endpoint_url)
+        assert export.main([where, str(out), *more]) == 0
+        file = "transformer/diffusion_pytorch_model.safetensors"
+        assert (out / file).read_bytes() == (folder / "exported" / file).read_bytes()
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_editing_model_wants_more_than_prompts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write(tmp_path / "edit", "edit", seed=0)
+    given = ("--prompts", str(folder / "prompts.txt"), "--resolution", "32", "--out", str(tmp_path / "out"))
+    assert draw.main([str(tmp_path / "edit"), *given]) == 1
+    assert "is an editing model, and prompts alone are no edits" in capsys.readouterr().err
 
 
 @pytest.fixture
