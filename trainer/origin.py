@@ -67,7 +67,8 @@ class Origin:
         if self.reader is None:
             return _call_resolution(self.base)
         lanes = self.reader.certificate.metadata.get("data_order", {}).get("lanes", {})
-        sizes = [stream.rpartition("/")[2].split("x") for stream in lanes]
+        # NAME/HEIGHTxWIDTH, of edits with -from-HEIGHTxWIDTH of their sources
+        sizes = [stream.rpartition("/")[2].partition("-from-")[0].split("x") for stream in lanes]
         return (int(sizes[0][0]), int(sizes[0][1])) if sizes else None
 
     def choose(self, which: str | None) -> str:

@@ -55,21 +55,47 @@ class Plain:
         self._process.communicate()
 
 
+def without_video(folder: Path) -> Any:
+    """The processor of an editing pipeline: its video part cannot be made where torchvision is missing, as here."""
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+    from transformers.processing_utils import ProcessorMixin
+
+    class Processor(Qwen2VLProcessor):
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer)
+
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor", local_files_only=True)
+    return Processor(images, Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+
+
 def serve() -> None:
     import torch
     from diffusers import DiffusionPipeline
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+    from PIL import Image
 
+    # Sources are brought to these areas: a tiny model needs tiny ones.
+    edit_plus.VAE_IMAGE_SIZE, edit_plus.CONDITION_IMAGE_SIZE = 32**2, 64**2
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
-        pipe = DiffusionPipeline.from_pretrained(request["folder"], trust_remote_code=True)
+        folder = Path(request["folder"])
+        parts = {"processor": without_video(folder)} if (folder / "processor").is_dir() else {}
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **parts)
         if request.get("stock"):
             pipe = type(pipe).__mro__[2](**pipe.components)
         pipe.set_progress_bar_config(disable=True)
         images = {}
         for name, call in request["calls"].items():
             generator = torch.Generator().manual_seed(request["seed"])
-            images[name] = pipe(request["prompts"], generator=generator, output_type="pt", **call).images.cpu()
+            if "image" in call:
+                call["image"] = [Image.open(path).convert("RGB") for path in call["image"]]
+            images[name] = pipe(prompt=request["prompts"], generator=generator, output_type="pt", **call).images.cpu()
         torch.save(images, request["out"])
         found = [name for name in OURS if importlib.util.find_spec(name) is not None]
         loaded = [name for name in sys.modules if name.split(".")[0] in OURS]
