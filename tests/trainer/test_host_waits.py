@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,38 +14,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.schema import Ema, Lora, Optimizer, Schedule
-from data.batch import Batch, Embeddings, Precomputed
+from configs.schema import Ema, Lora, Optimizer
 from models import lora, tiny
+from tests.trainer.bare_run import EVEN, bare_run, unloaded
 from tests.trainer.host_waits import HostWaits
 from trainer import loop
-from trainer.encoding import Encoding
 from trainer.engines.fsdp2 import FSDP2, FSDP2Options
 from trainer.engines.networks import Networks
 from trainer.engines.recompute import checkpoint_blocks
 from trainer.objectives.flow_matching import FlowMatching
-from trainer.objectives.objective import TEACHER
+from trainer.objectives.objective import ONLINE, TEACHER
 from trainer.objectives.rcgm import RCGM
 from trainer.objectives.twinflow import TwinFlow
 from trainer.objectives.twinflow_full import TwinFlowFull
-from trainer.observe.counting import CountedNets
 from trainer.observe.flops import PassFlops
 from trainer.observe.metrics import Tally
-from trainer.stages import Stages
-from trainer.updates import Updates
 
-ROWS, MICRO_BATCH = 4, 2
-EVEN = {"e2e": 1, "mul": 1, "any": 1, "adv": 1}
+ROWS = 4
 OBJECTIVES: dict[str, Any] = {
-    "twinflow": TwinFlow(order=2, roles=EVEN, enhanced_ratio=0.5),
-    "image-free, of an average": TwinFlow(order=1, roles=EVEN, enhanced_ratio=0.5, image_free=True, teacher="ema"),
-    "frozen teacher": TwinFlow(order=1, roles=EVEN, enhanced_ratio=4.0, teacher="frozen"),
-    "order 0": TwinFlow(order=0, roles=EVEN),
+    "twinflow": TwinFlow(order=2, roles={**EVEN}, enhanced_ratio=0.5),
+    "image-free, of an average": TwinFlow(order=1, roles={**EVEN}, enhanced_ratio=0.5, image_free=True, teacher="ema"),
+    "frozen teacher": TwinFlow(order=1, roles={**EVEN}, enhanced_ratio=4.0, teacher="frozen"),
+    "order 0": TwinFlow(order=0, roles={**EVEN}),
     "twinflow full": TwinFlowFull(order=1, enhanced_ratio=0.5),
     "rcgm": RCGM(order=1),
     "flow matching": FlowMatching(),
 }
-LORA = Lora(rank=2)
 
 
 @dataclass
@@ -66,58 +59,26 @@ class MetaEngine:
         """As in step."""
 
 
-def build(name: str, place: Path) -> Any:
-    backbone_class = next(
-        value
-        for value in vars(importlib.import_module(f"models.backbones.{name}")).values()
-        if getattr(value, "__module__", "") == f"models.backbones.{name}" and hasattr(value, "from_folder")
-    )
-    return backbone_class.from_folder(place)
-
-
-def prepare(backbone: Any, objective: Any, adapters: bool) -> SimpleNamespace:
-    """What loop.train_step needs of a run, on meta, with precomputed data."""
+def run_on_meta(backbone: Any, objective: Any, adapters: bool) -> SimpleNamespace:
+    """With recomputing blocks, and a second module where the teacher needs one."""
     if adapters:
-        lora.add(backbone, LORA, objective.teacher)
+        lora.add(backbone, Lora(rank=2), objective.teacher)
     for name in backbone.idle_parameters():
         backbone.get_parameter(name).requires_grad_(False)
     separate = objective.teacher != "online" and not adapters
     teacher = copy.deepcopy(backbone).requires_grad_(False) if separate else None
     flops = PassFlops(backbone)
     checkpoint_blocks(backbone, every=1, group=1, keep="nothing")
-    engine = MetaEngine(Networks(backbone, teacher))
-    x, cond, null = tiny.example(backbone, ROWS)
-    made = Precomputed(Embeddings(cond.embeds, cond.mask, cond.pooled), x)
-    keys = tuple(str(row) for row in range(ROWS))
-    size = tuple(edge * backbone.pixels_per_latent for edge in x.shape[-2:])
-    batch = Batch(0, size, torch.arange(ROWS), None, keys, keys, keys, (0,) * ROWS, precomputed=made)  # type: ignore[arg-type]
-    config = SimpleNamespace(
-        train=SimpleNamespace(micro_batch_size=MICRO_BATCH, chunk_rows=5, steps=10),
-        schedule=Schedule(),
-        optimizer=Optimizer(),
-        run=SimpleNamespace(seed=0),
-    )
-    return SimpleNamespace(
-        config=config,
-        step=0,
-        batch=batch,
-        warm_up=(x.to("meta"), torch.zeros(ROWS, device="meta"), torch.zeros(ROWS, device="meta"), cond.to("meta")),
-        nets=CountedNets(engine.nets, flops),
-        engine=engine,
-        encoding=Encoding(
-            load_text=lambda: pytest.fail("precomputed data needs no text encoder"),
-            load_latents=lambda: pytest.fail("precomputed data needs no VAE"),
-            device=engine.device,
-            needs_null=objective.needs_null,
-            latent_shape=backbone.latent_shape,
-            stored_null=null[:1],
-        ),
-        objective=objective,
-        stages=Stages(),
-        updates=Updates(),
-        sample_log=None,
-        world=SimpleNamespace(rank=0, world_size=1),
-    )
+    return bare_run(backbone, flops, objective, MetaEngine(Networks(backbone, teacher)), ROWS)
+
+
+def bring_tables(run: SimpleNamespace) -> None:
+    """Tables of positions come to the device in the first pass of every module."""
+    x, cond, _ = run.encoding.encode(run.batch)
+    times = torch.zeros(ROWS, device="meta")
+    with torch.no_grad(), run.nets.aside():
+        for kind in (ONLINE, TEACHER):
+            run.nets.velocity(x, times, times, cond, torch.full((ROWS,), kind))
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +103,8 @@ CASES = [
 def test_a_step_never_waits_for_the_device(
     places: Callable[[str], Path], name: str, objective: str, adapters: bool
 ) -> None:
-    run = prepare(build(name, places(name)), OBJECTIVES[objective], adapters)
-    with torch.no_grad(), run.nets.aside():  # tables of positions come to the device once
-        run.nets.velocity(*run.warm_up)
-        run.nets.velocity(*run.warm_up, weights=torch.full((ROWS,), TEACHER))
+    run = run_on_meta(unloaded(name, places(name)), OBJECTIVES[objective], adapters)
+    bring_tables(run)
     with HostWaits() as waits:
         loop.train_step(run, run.batch, Tally("meta"))
     assert waits.found == []
@@ -162,7 +121,7 @@ def one_rank() -> Iterator[None]:
 @pytest.mark.parametrize("options", [{}, {"checkpoint_group": 2, "block_dtype": "bfloat16", "keep_gathered": True}])
 @pytest.mark.usefixtures("one_rank")
 def test_neither_passes_nor_updates_of_the_engine_wait(places: Callable[[str], Path], options: dict[str, Any]) -> None:
-    backbone = build("qwen_image", places("qwen_image"))
+    backbone = unloaded("qwen_image", places("qwen_image"))
     backbone.to_empty(device="cpu").load(str(places("qwen_image")))
     x, cond, _ = tiny.example(backbone, 2)
     t = torch.tensor([0.9, -0.3])
