@@ -10,7 +10,7 @@ export PYTHONPATH := $(CURDIR)
 # DeepSpeed compiles with ninja from the environment; without torchvision nothing of ours is missing.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup smoke test lint bench bench-quick image compose-smoke
+.PHONY: setup smoke test lint bench bench-quick gpu image compose-smoke
 
 setup: .venv/.installed
 
@@ -40,6 +40,10 @@ bench: setup
 
 bench-quick: setup
 	$(BIN)/python -m tests.benchmarks.run --quick
+
+# For a machine with PyTorch and no network; see the head of the script for what may be set, DEVICE=cpu tries it all tiny.
+gpu:
+	tests/gpu/run.sh
 
 image:
 	docker build --file docker/Dockerfile --tag twinflow-trainer:$(TAG) --build-arg REVISION=$(REVISION) \
