@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,19 @@ def test_a_step_never_waits_for_the_device(
         loop.train_step(run, run.batch, Tally("meta"))
     assert waits.found == []
     assert run.nets.counts.graded_rows == ROWS * run.objective.rows_per_sample
+
+
+def test_editing_with_a_time_of_references_waits_once_a_pass(tmp_path: Path) -> None:
+    """Qwen-Image-Edit-2511: diffusers copies to the device, in every pass, which tokens are references."""
+    tiny.write(tmp_path / "model", "edit_plus", seed=0)
+    backbone = unloaded("qwen_image", tmp_path / "model")
+    x, cond, _ = (part.to("meta") for part in tiny.example(backbone, 2))
+    cond, t = dataclasses.replace(cond, references=(x,)), torch.zeros(2, device="meta")
+    backbone(x, t, None, cond)
+    with HostWaits() as waits:
+        backbone(x, t, None, cond)
+    assert len(waits.found) == 1
+    assert waits.found[0].startswith("tensor(..., device=) at qwen_image.py")
 
 
 @pytest.fixture
