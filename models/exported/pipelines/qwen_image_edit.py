@@ -31,8 +31,8 @@ class MarksImages:
 
 
 class TwinFlowQwenImageEditPipeline(FewStepCall, MarksImages, QwenImageEditPipeline):
-    guidance_off = {"true_cfg_scale": 1.0}  # noqa: RUF012 (never changed)
+    own_defaults = {"true_cfg_scale": 1.0}  # noqa: RUF012 (never changed)
 
 
 class TwinFlowQwenImageEditPlusPipeline(FewStepCall, MarksImages, QwenImageEditPlusPipeline):
-    guidance_off = {"true_cfg_scale": 1.0}  # noqa: RUF012 (never changed)
+    own_defaults = {"true_cfg_scale": 1.0}  # noqa: RUF012 (never changed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,18 @@ def test_an_exported_file_imports_torch_diffusers_and_the_standard_library(modul
         "re",
     }
     assert imported <= standard | {"typing", "torch", "diffusers"}
+
+
+@pytest.mark.parametrize("file", sorted((FILES / "pipelines").glob("[a-z]*.py")), ids=lambda file: file.stem)
+def test_every_exported_pipeline_has_guidance_off(file: Path) -> None:
+    module = import_module(f"models.exported.pipelines.{file.stem}")
+    pipelines = [value for name, value in vars(module).items() if name.startswith("TwinFlow")]
+    assert pipelines
+    for pipeline in pipelines:
+        base = next(cls for cls in pipeline.__mro__ if cls.__module__.startswith("diffusers."))
+        scales = {"true_cfg_scale", "guidance_scale"} & inspect.signature(base.__call__).parameters.keys()
+        scale = "true_cfg_scale" if "true_cfg_scale" in scales else "guidance_scale"
+        assert pipeline.own_defaults[scale] in (0.0, 1.0)
 
 
 def test_every_import_of_ours_is_put_in_place_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
