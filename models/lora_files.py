@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +32,24 @@ FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
 _DIFFUSERS, _OURS = "lora_adapter_metadata", "twinflow_lora"
 """Entries of the file's header: peft's configuration as diffusers writes it, and ours."""
+_BASE = "frozen_base"
+"""Within ours."""
 
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """tensors: by parameter name; options: rank, alpha and variant (in files of others as their tensors show it)."""
+    """tensors: by parameter name; options: rank, alpha and variant (in files of others as their tensors show it); base:
+    the fingerprint of the weights that they were trained on (trainer/saving/unsaved_weights.py), None in files of others."""
 
     tensors: dict[str, Tensor]
     options: Lora
+    base: list[float] | None = None
 
 
-def save(folder: str | Path, state: Mapping[str, Tensor], options: Lora) -> Path:
+def save(folder: str | Path, state: Mapping[str, Tensor], options: Lora, base: Sequence[float] | None = None) -> Path:
     """Write the adapters among `state`, in their dtype; the file, there complete or not at all.
+
+    base: the fingerprint of the weights that they were trained on.
 
     Raises:
         FileExistsError: the file exists. ValueError: no adapters.
@@ -60,7 +66,7 @@ def save(folder: str | Path, state: Mapping[str, Tensor], options: Lora) -> Path
     header = {
         "format": "pt",
         _DIFFUSERS: json.dumps({f"{PREFIX}{key}": value for key, value in described.items()}, sort_keys=True),
-        _OURS: json.dumps({"variant": options.variant}),
+        _OURS: json.dumps({"variant": options.variant} | ({} if base is None else {_BASE: list(base)})),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
@@ -95,8 +101,9 @@ def read(path: str | Path) -> SavedAdapters:
     scaled = json.loads(header.get(_DIFFUSERS, "{}")).get(f"{PREFIX}lora_alpha", rank)
     two_times = any(re.search(r"embed(der)?_2\.", name) for name in tensors)
     of_others = "second_embedding" if two_times else "single_time"
-    variant = json.loads(header.get(_OURS, "{}")).get("variant", of_others)
-    return SavedAdapters(tensors, Lora(rank=rank, alpha=scaled, variant=variant))
+    ours = json.loads(header.get(_OURS, "{}"))
+    options = Lora(rank=rank, alpha=scaled, variant=ours.get("variant", of_others))
+    return SavedAdapters(tensors, options, ours.get(_BASE))
 
 
 @torch.no_grad()

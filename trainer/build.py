@@ -95,15 +95,17 @@ def build_run(
     metadata = {**certificate(config, world, order, steps), "attention": kernel, CONFIG: folder.config}
     checkpoints = Checkpoints(open_checkpoints(config, folder.path), config.checkpoint, metadata)
     resumes = checkpoints.newest() is not None
+    load = initial_weights.loader(config, resumes, objective.teacher)
     engine: Engine = engine_class(
         engine_options,
         backbone,
         config.optimizer,
         config.ema,
         objective.teacher,
-        load=initial_weights.loader(config, resumes, objective.teacher),
+        load=load,
     )
     left_out = unsaved_weights.fingerprints(engine, objective.teacher)
+    load.refuse_other_base(left_out, model.path)
     metadata |= left_out
     done = checkpoints.resume(engine)
     unsaved_weights.check(left_out, done.metadata, model.path)

@@ -31,6 +31,7 @@ from trainer.generate.sampler import preset
 from trainer.generate.scheduler import TwinFlowScheduler
 from trainer.model_card import Card, write_card
 from trainer.origin import Origin, find, transformer_class
+from trainer.saving import unsaved_weights
 from trainer.saving.certificate import CheckpointError
 from trainer.train import check_package
 
@@ -38,6 +39,10 @@ EXPORTED = Path(bundle.__file__).parent
 TRAVELS = {".safetensors", ".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken"}
 """What is taken of the base model's components: weights as safetensors, configurations, vocabularies. Nothing that is
 executed or unpickled."""
+ADAPTERS_HELP = (
+    "of a LoRA run: its adapters alone, not merged: for init_from.path, and for pipe.load_lora_weights where lora.variant "
+    "is single_time"
+)
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,7 +55,8 @@ class ExportRefused(ValueError):
 class Wanted:
     """weights: online | ema; dtype: of the transformer's files; preset: of a call that names none; license: of the base
     model as the hub calls it, base_model: its name there; both may be unknown. adapters: the adapters alone,
-    in the file that `pipe.load_lora_weights` reads, in place of a whole folder with them merged in."""
+    for init_from.path (of lora.variant single_time for `pipe.load_lora_weights`, too), in place of a whole folder with
+    them merged in."""
 
     weights: str
     dtype: str = "bfloat16"
@@ -95,7 +101,16 @@ def export(origin: Origin, dest: Path, wanted: Wanted) -> None:
 def _export_adapters(origin: Origin, dest: Path, wanted: Wanted) -> None:
     found = adapters(origin, wanted.weights)
     state = {name: tensor.to(DTYPES[wanted.dtype]) for name, tensor in found.items()}
-    lora_files.save(dest, state, origin.config.lora)
+    assert origin.reader is not None
+    base = origin.reader.certificate.metadata.get(unsaved_weights.BASE)
+    file = lora_files.save(dest, state, origin.config.lora, base)
+    if origin.config.lora.variant == "second_embedding":
+        print(
+            f"warning: the adapters in {file} need the transformer with two times (lora.variant=second_embedding): they "
+            "are for init_from.path. pipe.load_lora_weights leaves out what it does not know, and draws other images; for "
+            "diffusers export without --adapters, which merges them",
+            file=sys.stderr,
+        )
 
 
 def _write(folder: Path, origin: Origin, wanted: Wanted, index: dict[str, Any]) -> None:
@@ -201,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the transformer's files [%(default)s]")
     options.add_argument("--preset", default="2nfe", help="sampler of a call that names none [%(default)s]")
     options.add_argument("--base", metavar="FOLDER", help="base model folder, where it is not at the run's model.path")
-    options.add_argument("--adapters", action="store_true", help="of a LoRA run: its adapters alone, not merged")
+    options.add_argument("--adapters", action="store_true", help=ADAPTERS_HELP)
     options.add_argument("--license", help="licence of the base model, for the model card; the hub's short name")
     options.add_argument("--base-model", metavar="REPO", help="name of the base model on the hub, for the model card")
     options.add_argument("--endpoint-url", help="S3 endpoint for stores other than AWS; default: the run's")

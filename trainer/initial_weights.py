@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +17,60 @@ from models import lora, lora_files
 from models.weights import ADAPTER, CheckpointError, FlatPart, base_name, component, flat_parts, some
 from trainer.engines.engine import TensorPart
 from trainer.model_folder import local_folder
+from trainer.saving import unsaved_weights
 from trainer.saving.certificate import CONFIG, SavedTensor
 from trainer.saving.checkpoint_reader import CheckpointReader
 from trainer.saving.checkpoints_cli import place, reader
 from trainer.saving.tensor_file import as_dtype
 
 log = logging.getLogger(__name__)
+SEED_UNDER_ADAPTERS = 0
+"""Of new parameters of a base under adapters (a second time embedding drawn at random): no checkpoint and no file of
+adapters holds them, so they must be the same in every run, whatever its run.seed."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """load: fills the (sharded) parameters of a backbone, or of its adapters where the source holds those."""
+    """load: fills the (sharded) parameters of a backbone, or of its adapters where the source holds those. base: the
+    fingerprint of the weights that its adapters were trained on, where it is known."""
 
     load: Callable[[Any], None]
     holds_adapters: bool = False
+    base: list[float] | None = None
 
 
-def loader(config: Config, resumes: bool, teacher: str) -> Callable[[Any], None]:
+@dataclass(frozen=True)
+class Loader:
+    """Call it to fill the (sharded) parameters of a backbone. adapters: what those in it are filled with."""
+
+    load: Callable[[Any], None]
+    adapters: Source
+    path: str | None
+
+    def __call__(self, module: Any) -> None:
+        self.load(module)
+
+    def refuse_other_base(self, found: Mapping[str, list[float]], model_path: str) -> None:
+        """CheckpointError where given adapters were trained on other weights than the base that was loaded; found:
+        `unsaved_weights.fingerprints` of the engine."""
+        own, theirs = found.get(unsaved_weights.BASE), self.adapters.base
+        if own is not None and theirs is not None and not unsaved_weights.same(own, theirs):
+            raise CheckpointError(
+                f"the adapters in {self.path} (init_from.path) were trained on other weights than those in {model_path} "
+                f"(model.path): fingerprint {theirs}, here {own}. Set model.path to the model that they were trained on; "
+                "or export their run merged (twinflow export) and set init_from.path to that, for new adapters on it"
+            )
+
+
+def loader(config: Config, resumes: bool, teacher: str) -> Loader:
     """What fills the (sharded) parameters of a backbone: of init_from where it is set, else of model.path.
 
     resumes: whether a checkpoint of the run itself follows. Then init_from need not be there any more, unless a frozen
     teacher or the base of adapters may be made of it.
     """
-    seed, path, adapted = config.run.seed, config.init_from.path, config.lora.rank is not None
-    base = Source(lambda module: module.load(config.model["path"], seed))
-    adapters = Source(lambda module: lora.initialise(module, seed), holds_adapters=True)
+    path, adapted = config.init_from.path, config.lora.rank is not None
+    base = Source(lambda module: module.load(config.model["path"], _seed(config)))
+    adapters = Source(lambda module: lora.initialise(module, config.run.seed), holds_adapters=True)
     if path is not None and (adapted or not resumes or teacher == "frozen"):
         given = _given(config, path)
         if given.holds_adapters and not adapted:
@@ -59,7 +88,12 @@ def loader(config: Config, resumes: bool, teacher: str) -> Callable[[Any], None]
         if adapted:
             adapters.load(module)
 
-    return load
+    return Loader(load, adapters, path)
+
+
+def _seed(config: Config) -> int:
+    """Of parameters that neither the base model nor what a run starts from has."""
+    return config.run.seed if config.lora.rank is None else SEED_UNDER_ADAPTERS
 
 
 def restore_adapters(config: Config, source: CheckpointReader, which: str, module: Any) -> None:
@@ -76,23 +110,42 @@ def _given(config: Config, path: str) -> Source:
         source, which = reader(path, endpoint_url), config.init_from.weights
         holds_adapters = any(ADAPTER.search(name) for name in source.certificate.tensors.get("parameter", {}))
         if holds_adapters:
-            _refuse_other_adapters(config.lora, Lora(**source.certificate.metadata[CONFIG]["lora"]), source.url)
+            _refuse_other_adapters(config.lora, _recorded_options(source), source.url)
         log.info("the %s are the %s ones of %s", "adapters" if holds_adapters else "weights", which, source.url)
 
         def load(module: Any) -> None:
             if not holds_adapters:
-                module.load(config.model["path"], config.run.seed)  # what is no parameter is in no checkpoint
+                module.load(config.model["path"], _seed(config))  # what is no parameter is in no checkpoint
             fill(module, source, which, holds_adapters)
 
-        return Source(load, holds_adapters)
+        return Source(load, holds_adapters, source.certificate.metadata.get(unsaved_weights.BASE))
     folder = local_folder(config, path)
     if Path(folder).suffix == ".safetensors" or (Path(folder) / lora_files.FILE).is_file():
         saved = lora_files.read(folder)
         _refuse_other_adapters(config.lora, saved.options, path)
         log.info("the adapters are those of %s", path)
-        return Source(lambda module: lora.initialise(module, config.run.seed, saved.tensors), holds_adapters=True)
+        if saved.base is None:
+            log.warning("%s does not say which weights its adapters belong to; they are taken for model.path's", path)
+        return Source(lambda module: lora.initialise(module, config.run.seed, saved.tensors), True, saved.base)
     log.info("the weights are those of %s", path)
-    return Source(lambda module: _load_folder(module, folder, config.run.seed))
+    return Source(lambda module: _load_folder(module, folder, _seed(config)))
+
+
+def _recorded_options(source: CheckpointReader) -> Lora:
+    """What the certificate of a checkpoint of adapters says of them."""
+    config = source.certificate.metadata.get(CONFIG)
+    recorded = config.get("lora") if isinstance(config, dict) else None
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("rank"), int):
+        raise CheckpointError(
+            f"{source.url} holds adapters and does not say of which rank, alpha and variant (an earlier version wrote "
+            "it): write them as a file, twinflow export RUN DEST --adapters, and set init_from.path to DEST"
+        )
+    if unknown := recorded.keys() - {field.name for field in fields(Lora)}:
+        raise CheckpointError(
+            f"{source.url} was written with lora.{sorted(unknown)[0]}, which is unknown here, by another version: use that "
+            "version, or write the adapters with it as a file (twinflow export RUN DEST --adapters)"
+        )
+    return Lora(**recorded)
 
 
 def _refuse_other_adapters(wanted: Lora, saved: Lora, where: str) -> None:

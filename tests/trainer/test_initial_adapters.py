@@ -17,6 +17,7 @@ from models.backbones.qwen_image import QwenImage
 from models.weights import CheckpointError
 from trainer import initial_weights
 from trainer.engines.engine import TensorPart
+from trainer.plugins import plugin
 from trainer.saving.checkpoint import Checkpoints
 
 OPTIONS = Lora(rank=2, alpha=3)
@@ -41,7 +42,7 @@ def config(base: Path, path: Path | str | None, options: Lora = OPTIONS, weights
 
 def started(settings: Config, resumes: bool = False) -> State:
     """The tensors that a run of this configuration starts with."""
-    model: Any = QwenImage.from_folder(settings.model["path"])
+    model: Any = plugin("model", {"name": settings.model["name"]})[0].from_folder(settings.model["path"])
     if settings.lora.rank is not None:
         lora.add(model, settings.lora, "ema")
     model.to_empty(device="cpu")
@@ -66,16 +67,21 @@ def assert_equal(found: State, expected: State) -> None:
 @pytest.fixture(scope="module")
 def earlier(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, State]]:
     """A run's checkpoint of adapters, and what is in it."""
+    folder = tmp_path_factory.mktemp("earlier")
+    return folder, write_earlier(base, folder, {"config": {"lora": asdict(OPTIONS)}})
+
+
+def write_earlier(base: Path, folder: Path, metadata: dict[str, Any]) -> dict[str, State]:
     fresh = adapters(started(config(base, None)))
     states = {which: {n: t + factor for n, t in fresh.items()} for which, factor in (("online", 0.1), ("ema", 0.2))}
-    folder, groups = tmp_path_factory.mktemp("earlier"), {"online": "parameter", "ema": "ema"}
+    groups = {"online": "parameter", "ema": "ema"}
     parts = [
         TensorPart(groups[which], name, tuple(tensor.shape), 0, tensor.reshape(-1))
         for which, state in states.items()
         for name, tensor in state.items()
     ]
-    Checkpoints(folder / "checkpoints", Checkpoint(), {"config": {"lora": asdict(OPTIONS)}}).write(5, parts, {})
-    return folder, states
+    Checkpoints(folder / "checkpoints", Checkpoint(), metadata).write(5, parts, {})
+    return states
 
 
 @pytest.mark.parametrize("weights", ["online", "ema"])
@@ -141,3 +147,40 @@ def test_other_adapters_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         started(config(base, earlier[0] / "checkpoints", options))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "does not say of which rank, .* twinflow export RUN DEST --adapters"),
+        ({"config": {}}, "does not say of which rank"),
+        ({"config": {"lora": {"rank": None}}}, "does not say of which rank"),
+        ({"config": {"lora": asdict(OPTIONS) | {"dora": True}}}, r"lora\.dora, which is unknown here"),
+    ],
+)
+def test_a_checkpoint_that_does_not_describe_its_adapters_is_refused(
+    base: Path, tmp_path: Path, metadata: dict[str, Any], message: str
+) -> None:
+    write_earlier(base, tmp_path, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        started(config(base, tmp_path / "checkpoints"))
+
+
+@pytest.mark.parametrize("name", ["sana", "sd3", "z_image"])
+def test_the_base_under_adapters_does_not_depend_on_the_runs_seed(name: str, tmp_path: Path) -> None:
+    """Its second time embedding is drawn at random, and lies in no checkpoint and no file of adapters."""
+    tiny.write(tmp_path / "model", tiny.SMALLEST[name], seed=0)
+    begun = []
+    for seed in (1, 2):
+        settings = config(tmp_path / "model", None)
+        settings.model, settings.run.seed = {"name": name, "path": settings.model["path"]}, seed
+        begun.append(started(settings))
+    assert_equal(frozen(begun[0]), frozen(begun[1]))
+    assert any(not torch.equal(begun[0][key], begun[1][key]) for key in adapters(begun[0]))
+    settings.lora = Lora()
+    assert_differ(started(settings), frozen(begun[0]))  # all of it is trained, and saved
+
+
+def assert_differ(found: State, other: State) -> None:
+    assert found.keys() == other.keys()
+    assert any(not torch.equal(found[name], tensor) for name, tensor in other.items())

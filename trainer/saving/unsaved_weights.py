@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def check(found: Mapping[str, list[float]], saved: Mapping[str, Any], model_path
     """CheckpointError where the weights are not those of the checkpoint; saved: its metadata, which may not say."""
     for key, own in found.items():
         earlier = saved.get(key)
-        if earlier is not None and not all(map(_close, own, earlier)):
+        if earlier is not None and not same(own, earlier):
             raise CheckpointError(
                 f"the weights in {model_path} (model.path) are not those that this run was started with, and {_USES[key]}: "
                 f"fingerprint {own} where the checkpoint says {list(earlier)}. Set model.path (init_from.path, where "
@@ -63,5 +63,6 @@ def check(found: Mapping[str, list[float]], saved: Mapping[str, Any], model_path
             )
 
 
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=TOLERANCE)
+def same(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two fingerprints are of the same weights."""
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=TOLERANCE) for x, y in zip(a, b, strict=True))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from data.pack import main as pack_main
 from models import lora_files, tiny
+from models.weights import CheckpointError
 from tests.data.conftest import ObjectStore, store  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
 from tests.trainer.precomputing import PACK, SMOKE, settings, write_pictures
@@ -101,10 +102,15 @@ def test_what_was_asked_shows_in_the_images(folder: Path, tmp_path: Path) -> Non
     assert {image.shape for image in wide.values()} == {(32, 64, 3)}
 
 
-def test_adapters_are_drawn_with_merged_and_saved_alone(folder: Path, tmp_path: Path) -> None:
+def test_adapters_are_drawn_with_merged_and_saved_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, merged, alone = folder / "adapted", tmp_path / "merged", tmp_path / "alone"
     assert export.main([str(run), str(merged), "--dtype", "float32"]) == 0
+    capsys.readouterr()
     assert export.main([str(run), str(alone), "--dtype", "float32", "--adapters"]) == 0
+    warning = capsys.readouterr().err
+    assert "pipe.load_lora_weights leaves out" in warning and "export without --adapters" in warning
     own = images(folder, "adapted", tmp_path / "own", "--preset", "2nfe", ranks=2)
     assert distance(images(folder, str(merged), tmp_path / "of-merged", "--preset", "2nfe"), own) <= 1
     saved = lora_files.read(alone)
@@ -112,27 +118,45 @@ def test_adapters_are_drawn_with_merged_and_saved_alone(folder: Path, tmp_path: 
     assert [file.name for file in alone.iterdir()] == [lora_files.FILE]
 
 
+@contextlib.contextmanager
+def on_a_rank(*_: object) -> Iterator[None]:
+    """A process group of this process alone, that goes also after an error."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def test_adapters_on_another_base_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
     tiny.write(other, "pipeline", seed=1)
-
-    @contextlib.contextmanager
-    def on_a_rank(*_: object) -> Iterator[None]:
-        """A process group that goes also after an error."""
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-
     monkeypatch.setattr(export_tensors, "process_group", on_a_rank)
     assert export.main([str(folder / "adapted"), str(tmp_path / "out"), "--base", str(other)]) == 1
     assert "are not those that this run was started with" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert export.main([str(folder / "run"), str(tmp_path / "out"), "--adapters"]) == 1
     assert "holds no adapters: lora.rank was null" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_adapters_on_their_own_base_alone(folder: Path, tmp_path: Path) -> None:
+    assert export.main([str(folder / "adapted"), str(tmp_path / "alone"), "--dtype", "float32", "--adapters"]) == 0
+    other = tmp_path / "other"
+    tiny.write(other, "pipeline", seed=1)
+
+    def start(source: Path, model: Path) -> None:
+        more = {"lora.rank": 4, "init_from.path": source, "init_from.weights": "online", "run.seed": 7}
+        more |= {"train.steps": 1, "data.held_out": folder / "data"}
+        run = tmp_path / f"from-{source.name}-on-{model.name}"
+        with on_a_rank():
+            trained_loss([SMOKE], settings(model, folder / "data", run, **more))
+
+    for source in (folder / "adapted/checkpoints", tmp_path / "alone"):
+        start(source, folder / "model")
+        with pytest.raises(CheckpointError, match=rf"adapters in {source} .* other weights than those in {other} "):
+            start(source, other)
 
 
 def test_a_checkpoint_on_s3_says_itself_what_it_is(folder: Path, tmp_path: Path, store: ObjectStore) -> None:  # noqa: F811
