@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,8 @@ FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
 _DIFFUSERS, _OURS = "lora_adapter_metadata", "twinflow_lora"
 """Entries of the file's header: peft's configuration as diffusers writes it, and ours."""
+_OTHER_SCALES = ("use_rslora", "rank_pattern", "alpha_pattern", "use_dora")
+"""Of peft's configuration: what computes something else than alpha / rank B A, the same alpha and rank in every layer."""
 _BASE = "frozen_base"
 """Within ours."""
 
@@ -83,7 +86,8 @@ def read(path: str | Path) -> SavedAdapters:
     """Adapters of a file, or of a folder that holds FILE, as `save` or diffusers wrote them.
 
     Raises:
-        CheckpointError: no such file, not readable, or other tensors than the adapters of a transformer.
+        CheckpointError: no such file, not readable, other tensors than the adapters of a transformer, or adapters that are
+        not all scaled by alpha / rank.
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
@@ -98,12 +102,37 @@ def read(path: str | Path) -> SavedAdapters:
         what = f"tensors like {foreign[0]}" if foreign else f"adapters of ranks {sorted(ranks)}"
         raise CheckpointError(f"{file} holds {what}; it must hold the adapters of one rank of a diffusers transformer")
     rank = ranks.pop()
-    scaled = json.loads(header.get(_DIFFUSERS, "{}")).get(f"{PREFIX}lora_alpha", rank)
+    scaled = _alpha(file, _entry(file, header, _DIFFUSERS), rank)
     two_times = any(re.search(r"embed(der)?_2\.", name) for name in tensors)
     of_others = "second_embedding" if two_times else "single_time"
-    ours = json.loads(header.get(_OURS, "{}"))
+    ours = _entry(file, header, _OURS)
     options = Lora(rank=rank, alpha=scaled, variant=ours.get("variant", of_others))
     return SavedAdapters(tensors, options, ours.get(_BASE))
+
+
+def _entry(file: Path, header: Mapping[str, str], key: str) -> dict[str, Any]:
+    """A JSON object of the header; empty where it is not there."""
+    try:
+        found = json.loads(header.get(key, "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: its header's {key} is no JSON ({error}); fetch or export it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: its header's {key} is no JSON object; fetch or export it again")
+    return found
+
+
+def _alpha(file: Path, described: Mapping[str, Any], rank: int) -> int:
+    """The alpha of adapters that are all scaled by alpha / rank; without a word on it the rank, as diffusers has it."""
+    other = [key for key in _OTHER_SCALES if described.get(f"{PREFIX}{key}")]
+    given = described.get(f"{PREFIX}lora_alpha", rank)
+    if other or not isinstance(given, int | float) or not float(given).is_integer():
+        what = other[0] if other else f"lora_alpha {given}"
+        raise CheckpointError(
+            f"{file} is of adapters with {what}; here all of them have one scale, lora.alpha / lora.rank, of whole numbers. "
+            "Merge them in diffusers (pipe.load_lora_weights, pipe.fuse_lora, pipe.unload_lora_weights, "
+            "pipe.save_pretrained) and set init_from.path to that folder"
+        )
+    return int(given)
 
 
 @torch.no_grad()

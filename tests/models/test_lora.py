@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.schema import Lora
@@ -246,3 +248,41 @@ def test_the_file_goes_round(folder: Path, tmp_path: Path) -> None:
         lora_files.read(tmp_path)
     with pytest.raises(ValueError, match="trained in full"):
         lora_files.save(tmp_path / "none", plain(folder, torch.float32).state_dict(), OPTIONS)
+
+
+def described(**more: Any) -> dict[str, str]:
+    """The header of a file of adapters, as diffusers writes it."""
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in more.items()})}
+
+
+def write_foreign(file: Path, header: dict[str, str]) -> Path:
+    names = [f"transformer.transformer_blocks.0.attn.to_q.lora_{matrix}.weight" for matrix in "AB"]
+    save_file({names[0]: torch.ones(4, 8), names[1]: torch.ones(8, 4)}, file, metadata=header)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (described(lora_alpha=8, use_rslora=True), "adapters with use_rslora; .*fuse_lora"),
+        (described(lora_alpha=8, alpha_pattern={"transformer_blocks.0.attn.to_q": 2}), "adapters with alpha_pattern"),
+        (described(lora_alpha=8, rank_pattern={"transformer_blocks.0.attn.to_q": 4}), "adapters with rank_pattern"),
+        (described(lora_alpha=8, use_dora=True), "adapters with use_dora"),
+        (described(lora_alpha=1.5), "adapters with lora_alpha 1.5"),
+        (described(lora_alpha=float("nan")), "adapters with lora_alpha nan"),
+        (described(lora_alpha=None), "adapters with lora_alpha None"),
+        ({"lora_adapter_metadata": "{"}, "lora_adapter_metadata is no JSON .* again"),
+        ({"lora_adapter_metadata": "3"}, "lora_adapter_metadata is no JSON object"),
+        ({"twinflow_lora": "{"}, "twinflow_lora is no JSON"),
+    ],
+)
+def test_a_file_whose_scale_would_be_misread_is_refused(tmp_path: Path, header: dict[str, str], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        lora_files.read(write_foreign(tmp_path / "foreign.safetensors", header))
+
+
+def test_the_scale_of_a_file_of_others_is_read(tmp_path: Path) -> None:
+    plain = described(r=4, lora_alpha=8.0, use_rslora=False, alpha_pattern={}, rank_pattern={}, use_dora=False)
+    for header, scale in ((plain, 8), ({}, 4)):
+        options = lora_files.read(write_foreign(tmp_path / "foreign.safetensors", header)).options
+        assert (options.rank, options.alpha, options.variant) == (4, scale, "single_time")
