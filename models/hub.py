@@ -6,6 +6,7 @@ token, where one is needed, is the library's business (HF_TOKEN, `hf auth login`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,8 @@ from huggingface_hub.hf_api import RepoFile
 
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Endings of what a model is loaded from."""
-INDEX = "model_index.json"
+INDEX, CONFIG = "model_index.json", "config.json"
+"""What the folder of a pipeline, and that of a single component, is known by."""
 _PAPERS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _VARIANT = re.compile(r"\.(fp16|bf16|fp32|fp8\w*|non_ema)[.-]")
 
@@ -30,12 +32,13 @@ class HubError(RuntimeError):
 @dataclass(frozen=True)
 class Snapshot:
     """The files of a model at one commit. prefix: folder in the repository that holds them, "" for all of it; files:
-    name below the prefix -> size [bytes]."""
+    name below the prefix -> size [bytes]; digests: of those that the hub keeps as large files, sha256 in hex."""
 
     repo: str
     commit: str
     prefix: str
     files: Mapping[str, int]
+    digests: Mapping[str, str]
 
 
 def find(repo: str, revision: str, subfolder: str | None = None) -> Snapshot:
@@ -49,21 +52,22 @@ def find(repo: str, revision: str, subfolder: str | None = None) -> Snapshot:
         commit = api.repo_info(repo, revision=revision).sha
         assert commit is not None, "the hub names the commit of a revision"
         entries = api.list_repo_tree(repo, recursive=True, revision=commit)
-        listed = {e.path: e.size for e in entries if isinstance(e, RepoFile) and e.path.startswith(prefix)}
+        listed = {e.path: e for e in entries if isinstance(e, RepoFile) and e.path.startswith(prefix)}
         components = None
         if f"{prefix}{INDEX}" in listed:
             index = json.loads(Path(hf_hub_download(repo, f"{prefix}{INDEX}", revision=commit)).read_text())
             components = {name for name, value in index.items() if isinstance(value, list)}
     except Exception as error:  # those of the library's network client have no base that we could name
         raise explained(repo, revision, error) from error
-    sizes = {path.removeprefix(prefix): size for path, size in listed.items()}
-    files = {name: sizes[name] for name in wanted(sizes, components)}
+    found = {path.removeprefix(prefix): entry for path, entry in listed.items()}
+    files = {name: found[name].size for name in wanted(found, components)}
     if not any(name.endswith(".safetensors") for name in files):
         raise HubError(
             f"{repo}{'/' + prefix if prefix else ''} at {revision} has no weights as safetensors (pickles are never "
             f"loaded); check the repository, or name the folder of the model with --subfolder"
         )
-    return Snapshot(repo, commit, prefix, files)
+    digests = {name: lfs.sha256 for name in files if (lfs := found[name].lfs) is not None}
+    return Snapshot(repo, commit, prefix, files, digests)
 
 
 def wanted(names: Iterable[str], components: set[str] | None) -> list[str]:
@@ -85,7 +89,8 @@ def wanted(names: Iterable[str], components: set[str] | None) -> list[str]:
 def download(snapshot: Snapshot, names: Iterable[str], folder: Path) -> Path:
     """Fetch files of the snapshot below `folder`, with a progress bar; a second call goes on with what is missing.
 
-    Returns the folder that corresponds to the snapshot's prefix. Raises HubError, also where a file came out short.
+    Returns the folder that corresponds to the snapshot's prefix. Raises HubError, also where a file came out short
+    or is not what the hub lists.
     """
     names = list(names)
     try:
@@ -108,7 +113,20 @@ def download(snapshot: Snapshot, names: Iterable[str], folder: Path) -> Path:
             f"{len(short)} of {len(names)} files of {snapshot.repo} are not complete, first {short[0]}; the same command "
             "goes on"
         )
+    other = [name for name in names if name in snapshot.digests and _sha256(root / name) != snapshot.digests[name]]
+    if other:
+        for name in other:
+            (root / name).unlink()  # what is there is not fetched again
+        raise HubError(
+            f"{len(other)} of {len(names)} files of {snapshot.repo} are not what the hub lists (sha256), first {other[0]}; "
+            "they are removed, and the same command fetches them again; if that does not help, check HF_ENDPOINT"
+        )
     return root
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def explained(repo: str, revision: str, error: Exception) -> HubError:

@@ -1,6 +1,7 @@
 """Bring a base model from a hub, once, on a login node: python -m trainer.fetch_model REPO DEST [--revision main]
 
-DEST is a folder, which appears complete or not at all, or s3://BUCKET/PREFIX, where model_index.json comes last. An
+DEST is a folder, which appears complete or not at all, or s3://BUCKET/PREFIX, where model_index.json (of a
+single component, config.json) comes last. An
 interrupted fetch goes on with the same command. Compute nodes read DEST (model.path) and never talk to a hub.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--revision", default="main", help="branch, tag or commit; default main")
     parser.add_argument("--subfolder", help="folder of the repository that holds the model")
     parser.add_argument("--endpoint-url", help="S3 endpoint for stores other than AWS")
-    parser.add_argument("--scratch", type=Path, help="folder for files on their way to s3://; default in TMPDIR")
+    parser.add_argument(
+        "--scratch", type=Path, help="where a folder for files on their way to s3:// is made; default TMPDIR"
+    )
     options = parser.parse_args(arguments)
     try:
         snapshot = hub.find(options.repo, options.revision, options.subfolder)
@@ -38,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.repo}: {size}")
         store = open_store(options.dest, options.endpoint_url)
         if isinstance(store, S3Store):
-            fresh = to_store(snapshot, store, options.scratch or _scratch(store.identity))
+            fresh = to_store(snapshot, store, _scratch(options.scratch, store.identity))
         else:
             fresh = to_folder(snapshot, Path(store.url))
     except (hub.HubError, DataError, OSError) as error:
@@ -80,14 +85,16 @@ def to_folder(snapshot: hub.Snapshot, dest: Path) -> bool:
 def to_store(snapshot: hub.Snapshot, store: S3Store, scratch: Path) -> bool:
     """Copy the snapshot below the store's prefix, file by file; False where all of it is there already.
 
-    Raises HubError or DataError where one of the two fails, FileExistsError where something else is there.
+    scratch: folder of this snapshot's files alone; made here, and removed at the end with all that is in it.
+    Raises HubError or DataError where one of the two fails, FileExistsError where something else is there,
+    PermissionError where others can write to scratch.
     """
     there = {name: entry.bytes for name, entry in store.files().items()}
     if there:
         _refuse_other(snapshot, store.url, store.read(MARKER).decode() if MARKER in there else None)
     missing = [name for name, size in snapshot.files.items() if there.get(name) != size]
-    missing.sort(key=lambda name: name == hub.INDEX)  # last: what has it is complete
-    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    missing.sort(key=lambda name: name in (hub.INDEX, hub.CONFIG))  # last: what has one of them is complete
+    _make_private(scratch)
     if not there:
         write_json(scratch / MARKER, _origin(snapshot))
         store.publish(scratch / MARKER, MARKER)
@@ -105,8 +112,20 @@ def _refuse_other(snapshot: hub.Snapshot, where: str, marker: str | None) -> Non
         raise FileExistsError(f"{where} exists and is {what}; choose another DEST or remove it")
 
 
-def _scratch(identity: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"twinflow-fetch-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+def _scratch(parent: Path | None, identity: str) -> Path:
+    """The same folder at every call, so that an interrupted fetch goes on; never one that the user named."""
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return (parent or Path(tempfile.gettempdir())).absolute() / f"twinflow-fetch-{digest}"
+
+
+def _make_private(folder: Path) -> None:
+    """Its name can be foreseen and /tmp is everybody's: who made it first would choose the weights, and what is removed."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"{folder} is a link, belongs to another user or can be written by others; set --scratch to a folder of yours"
+        )
 
 
 if __name__ == "__main__":

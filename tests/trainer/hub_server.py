@@ -13,13 +13,14 @@ from urllib.parse import unquote, urlparse
 
 class Hub:
     """One repository, org/model, at 127.0.0.1. token: who has none gets 401; cut: files whose body ends after that many
-    bytes, once; away: files that are listed and not found; requests: by path."""
+    bytes, once; away: files that are listed and not found; damaged: files whose bytes come out as others; requests: by path."""
 
     def __init__(self, files: Mapping[str, bytes], token: str | None = None) -> None:
         self.files, self.token = dict(files), token
         self.cut: dict[str, int] = {}
         self.requests: Counter[str] = Counter()
         self.away: set[str] = set()
+        self.damaged: set[str] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -36,6 +37,13 @@ class Hub:
 
 def _digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
+
+
+def _large(name: str, body: bytes) -> dict[str, object]:
+    """What the hub lists of a file that it keeps outside git."""
+    if not name.endswith(".safetensors"):
+        return {}
+    return {"lfs": {"oid": _digest(body), "size": len(body), "pointerSize": 134}}
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -61,6 +69,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.json(
                     [
                         {"type": "file", "path": name, "size": len(data), "oid": _digest(data)[:40]}
+                        | _large(name, data)
                         for name, data in hub.files.items()
                     ]
                 )
@@ -92,6 +101,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(data) - begin))
             self.end_headers()
             if body:
+                data = bytes(len(data)) if name in hub.damaged else data
                 end = hub.cut.pop(name, len(data))
                 self.wfile.write(data[begin:end])
                 if end < len(data):

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from configs import load as configuration
+from data.store import open_store
 from models.hub import wanted
+from models.weights import CheckpointError
 from tests.data.conftest import ObjectStore
 from tests.data.conftest import store as store
 from tests.trainer.hub_server import Hub
+from trainer.fetch_model import _scratch
+from trainer.model_folder import local_folder
 
 INDEX = json.dumps({"_class_name": "P", "transformer": ["diffusers", "T"], "tokenizer": ["transformers", "Q"]}).encode()
 MODEL = {
@@ -127,6 +132,57 @@ def test_into_an_object_store(hub: Hub, store: ObjectStore, tmp_path: Path) -> N
     assert "already complete" in fetch(*where).stdout
     store.client.put_object(Bucket="fetched", Key="other/x", Body=b"")
     assert "no fetched model" in fetch("org/model", "s3://fetched/other", *where[2:]).stderr
+
+
+def test_damaged_weights_are_noticed_and_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    weights, dest = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors", tmp_path / "model"
+    hub.damaged.add(weights)
+    first = fetch("org/model", dest)
+    assert first.returncode == 1 and f"not what the hub lists (sha256), first {weights}" in first.stderr
+    assert not dest.exists()
+    hub.damaged.clear()
+    assert fetch("org/model", dest).returncode == 0
+    assert contents(dest)[weights] == MODEL[weights]
+
+
+def test_scratch_is_ours_alone(hub: Hub, store: ObjectStore, tmp_path: Path) -> None:
+    store.client.create_bucket(Bucket="scratched")
+    scratch, elsewhere = tmp_path / "scratch", tmp_path / "elsewhere"
+    (elsewhere / "kept").mkdir(parents=True)
+    scratch.mkdir()
+    (scratch / "thesis.txt").write_bytes(b"years of work")
+    where = ("org/model", "s3://scratched/base", "--endpoint-url", store.endpoint_url, "--scratch", scratch)
+    ours = _scratch(scratch, open_store("s3://scratched/base", store.endpoint_url).identity)
+    ours.symlink_to(elsewhere)
+    linked = fetch(*where)
+    ours.unlink()
+    ours.mkdir()
+    ours.chmod(0o777)
+    open_to_all = fetch(*where)
+    ours.rmdir()
+    for refused in (linked, open_to_all):
+        assert refused.returncode == 1 and "set --scratch to a folder of yours" in refused.stderr
+    assert "Contents" not in store.client.list_objects_v2(Bucket="scratched")
+    done = fetch(*where)
+    assert done.returncode == 0, done.stderr
+    assert contents(scratch) == {"thesis.txt": b"years of work"} and (elsewhere / "kept").is_dir()
+    assert list(scratch.iterdir()) == [scratch / "thesis.txt"]
+
+
+def test_an_interrupted_upload_of_a_single_component_is_no_model(hub: Hub, store: ObjectStore, tmp_path: Path) -> None:
+    store.client.create_bucket(Bucket="parts")
+    url = "s3://parts/transformer"
+    where = ("org/model", url, "--endpoint-url", store.endpoint_url, "--subfolder", "transformer")
+    hub.away.add("transformer/diffusion_pytorch_model-00001-of-00002.safetensors")
+    assert fetch(*where).returncode == 1
+    keys = ("run.name", "data.manifest", "train.steps", "train.global_batch_size", "train.micro_batch_size")
+    config = configuration.load([], [f"{key}=1" for key in keys])
+    config.data.cache_dir, config.data.endpoint_url = str(tmp_path / "cache"), store.endpoint_url
+    with pytest.raises(CheckpointError, match="its upload has not ended"):
+        local_folder(config, url)
+    hub.away.clear()
+    assert fetch(*where).returncode == 0
+    assert (Path(local_folder(config, url)) / "config.json").is_file()
 
 
 def test_what_cannot_be_fetched_is_said(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
