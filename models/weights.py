@@ -199,7 +199,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index or from the single file."""
     index, single = folder / INDEX, folder / f"{STEM}.safetensors"
     if index.is_file():
-        listed = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        listed = {name: folder / file for name, file in _weight_map(index).items()}
         lost = sorted({file.name for file in listed.values() if not file.is_file()})
         if lost:
             raise CheckpointError(f"{folder} lacks files that its index lists: {some(lost)}; fetch the model again")
@@ -210,6 +210,24 @@ def _files(folder: Path) -> dict[str, Path]:
     raise CheckpointError(
         f"{folder} has neither {INDEX} nor {single.name}; model.path must be a diffusers model folder"
     )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name. Of a folder from elsewhere: its names may not lead out of it."""
+    try:
+        described = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{index} is no JSON ({error}); fetch the model again") from error
+    listed = described.get("weight_map") if isinstance(described, dict) else None
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{index} has no weight_map, which says what is in which file; fetch the model again")
+    for name, file in listed.items():
+        if not isinstance(file, str) or file != Path(file).name or "\0" in file or file == "..":
+            raise CheckpointError(
+                f"{index} names {file!r} as the file of {name}: not the name of a file in the same folder; get the model "
+                "from where you trust it"
+            )
+    return listed
 
 
 def _absent(targets: Mapping[str, Any], missing: Set[str], prefix: str) -> list[str]:

@@ -16,7 +16,7 @@ from configs.schema import Config, Lora
 from models import lora, lora_files
 from models.weights import ADAPTER, CheckpointError, FlatPart, base_name, component, flat_parts, some
 from trainer.engines.engine import TensorPart
-from trainer.model_folder import local_folder
+from trainer.model_folder import local_start
 from trainer.saving import unsaved_weights
 from trainer.saving.certificate import CONFIG, SavedTensor
 from trainer.saving.checkpoint_reader import CheckpointReader
@@ -119,7 +119,7 @@ def _given(config: Config, path: str) -> Source:
             fill(module, source, which, holds_adapters)
 
         return Source(load, holds_adapters, source.certificate.metadata.get(unsaved_weights.BASE))
-    folder = local_folder(config, path)
+    folder = local_start(config, path)
     if Path(folder).suffix == ".safetensors" or (Path(folder) / lora_files.FILE).is_file():
         saved = lora_files.read(folder)
         _refuse_other_adapters(config.lora, saved.options, path)

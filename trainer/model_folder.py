@@ -1,13 +1,15 @@
-"""Model folders below s3://, as every loader wants them: on this machine's disk, downloaded once a node."""
+"""Model folders and adapters below s3://, as every loader wants them: on this machine's disk, downloaded once a node."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from configs.schema import Config
 from data.mirror import mirror
-from models.hub import INDEX, MODEL_FILES
+from models import lora_files
+from models.hub import CONFIG, INDEX, MODEL_FILES
 from models.weights import CheckpointError
 
 
@@ -27,12 +29,26 @@ def with_local_model(config: Config) -> Config:
 
 def local_folder(config: Config, path: str) -> str:
     """`path` itself, or the mirror of an s3:// folder; read with the store of the data section."""
+    return _local(config, path, (INDEX, CONFIG), "no diffusers model")
+
+
+def local_start(config: Config, path: str) -> str:
+    """As `local_folder`, of what init_from.path may name besides: a folder of adapters, or their .safetensors file."""
+    if path.startswith("s3://") and path.endswith(".safetensors"):
+        folder, _, name = path.rpartition("/")
+        return str(_mirrored(config, folder, lambda other: other == name) / name)
+    return _local(config, path, (INDEX, CONFIG, lora_files.FILE), "neither a diffusers model nor adapters")
+
+
+def _local(config: Config, path: str, one_of: tuple[str, ...], otherwise: str) -> str:
     if not path.startswith("s3://"):
         return path
-    data = config.data
-    folder = mirror(path, is_model_file, data.cache_dir, data.endpoint_url, data.read_budget_s)
-    if not any((folder / name).is_file() for name in (INDEX, "config.json")):
-        raise CheckpointError(
-            f"{path} has neither {INDEX} nor config.json: no diffusers model, or its upload has not ended"
-        )
+    folder = _mirrored(config, path, is_model_file)
+    if not any((folder / name).is_file() for name in one_of):
+        raise CheckpointError(f"{path} has none of {', '.join(one_of)}: {otherwise}, or its upload has not ended")
     return str(folder)
+
+
+def _mirrored(config: Config, url: str, wanted: Callable[[str], bool]) -> Path:
+    data = config.data
+    return mirror(url, wanted, data.cache_dir, data.endpoint_url, data.read_budget_s)

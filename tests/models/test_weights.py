@@ -193,6 +193,37 @@ def test_damaged_folders_are_named(folder: Path, backbone: QwenImage, tmp_path: 
         backbone.load(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({"weight_map": {"proj_out.bias": "../secret/FILE"}}, "not the name of a file in the same folder"),
+        ({"weight_map": {"proj_out.bias": "ABSOLUTE"}}, "not the name of a file in the same folder"),
+        ({"weight_map": {"proj_out.bias": ".."}}, "not the name of a file in the same folder"),
+        ({"weight_map": {"proj_out.bias": 3}}, "not the name of a file in the same folder"),
+        ({"weight_map": ["proj_out.bias"]}, "has no weight_map"),
+        ({"metadata": {}}, "has no weight_map"),
+        ([], "has no weight_map"),
+        (None, "is no JSON"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_refused(
+    folder: Path, backbone: QwenImage, tmp_path: Path, index: object, said: str
+) -> None:
+    """Above all one that leads out of its folder: the weights there are whole, and would be loaded."""
+    secret, model = tmp_path / "secret", tmp_path / "model"
+    secret.mkdir()
+    model.mkdir()
+    stored = load_file(folder / "transformer" / FILE)
+    save_file(stored, secret / FILE)
+    text = "{" if index is None else json.dumps(index)
+    if "FILE" in text or "ABSOLUTE" in text:
+        file = f"../secret/{FILE}" if "FILE" in text else str(secret / FILE)
+        text = json.dumps({"weight_map": dict.fromkeys(stored, file)})
+    (model / f"{FILE}.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=said):
+        backbone.load(str(model))
+
+
 def test_meta_parameters_are_refused(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="materialised"):
         QwenImage.from_folder(folder).load(str(folder))

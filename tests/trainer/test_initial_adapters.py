@@ -15,6 +15,8 @@ from configs.schema import Checkpoint, Config, Lora
 from models import lora, lora_files, tiny
 from models.backbones.qwen_image import QwenImage
 from models.weights import CheckpointError
+from tests.data.conftest import ObjectStore
+from tests.data.conftest import store as store
 from trainer import initial_weights
 from trainer.engines.engine import TensorPart
 from trainer.plugins import plugin
@@ -99,6 +101,25 @@ def test_adapters_of_a_file_go_on(base: Path, earlier: tuple[Path, dict[str, Sta
     file = lora_files.save(tmp_path, states["online"], OPTIONS)
     for path in (tmp_path, file):
         assert_equal(adapters(started(config(base, path))), states["online"])
+
+
+def test_adapters_on_s3_go_on(
+    base: Path, earlier: tuple[Path, dict[str, State]], store: ObjectStore, tmp_path: Path
+) -> None:
+    states = earlier[1]
+    store.client.create_bucket(Bucket="adapters")
+    file = lora_files.save(tmp_path, states["online"], OPTIONS)
+    for key in ("run/" + lora_files.FILE, "mixed/mine.safetensors", "mixed/other.safetensors"):
+        body = b"other" if "other" in key else file.read_bytes()
+        store.client.put_object(Bucket="adapters", Key=key, Body=body)
+    for path in ("run", "run/" + lora_files.FILE, "mixed/mine.safetensors"):
+        settings = config(base, f"s3://adapters/{path}")
+        settings.data.endpoint_url, settings.data.cache_dir = store.endpoint_url, str(tmp_path / "cache")
+        assert_equal(adapters(started(settings)), states["online"])
+    assert not list((tmp_path / "cache").rglob("other.safetensors"))
+    settings.init_from.path = "s3://adapters/mixed"
+    with pytest.raises(CheckpointError, match="neither a diffusers model nor adapters"):
+        started(settings)
 
 
 def test_new_adapters_lie_on_a_whole_model(base: Path, tmp_path: Path) -> None:
