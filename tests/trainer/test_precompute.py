@@ -164,7 +164,11 @@ def test_edits_hold_reference_latents_and_their_own_null_condition(tmp_path: Pat
     fly, stored = (encoding(folder, folder / name, encoder__seen_edge=64) for name in ("edits-plain", "edits-made"))
     stored.load_text = stored.load_latents = refuse
     found = rows(stored, folder / "edits-made", 4)
-    assert len(found) == 4 and same(rows(fly, folder / "edits-plain", 4), found)
+    expected = rows(fly, folder / "edits-plain", 4)
+    assert len(found) == 4 and found.keys() == expected.keys()
+    for key, parts in expected.items():
+        for made, wanted in zip(found[key], parts, strict=True):
+            torch.testing.assert_close(made, wanted, rtol=0, atol=2e-6)  # the image tower's threads share out its rows
     (batch,) = batches(folder / "edits-plain", 4)
     height, width = (side // 8 for side in batch.source_pixels.shape[2:])
     references = [parts[5:] for parts in found.values()]
