@@ -27,6 +27,7 @@ CIRCUMSTANCE_KEYS = ("model.path", "model.attention", "guidance.allow_divergent"
 _SECRET = re.compile(r"secret|token|password|credential|(^|_)key$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s]+(?=@)")  # up to the last @: a password may hold one
 _URL_QUERY = re.compile(r"(?<=[?&])([^=&\s]*(?:secret|token|password|credential|signature|key))=[^&\s]+", re.IGNORECASE)
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
 class ConfigError(ValueError):
@@ -34,13 +35,14 @@ class ConfigError(ValueError):
 
 
 def load(files: Sequence[str | Path], overrides: Sequence[str] = (), recorded: dict[str, Any] | None = None) -> Config:
-    """The resolved configuration. recorded: values of an earlier one (to_dict), below the files.
+    """The resolved configuration. recorded: values of an earlier one (to_dict), below the files, taken literally: a
+    checkpoint may be anyone's, and its ${oc.env:NAME} would read this machine's environment.
 
     Raises:
         ConfigError: unknown key (with the nearest one), wrong type (with the expected one), missing value, a broken
             rule between keys, or an unreadable file.
     """
-    layers = [("the recorded configuration", OmegaConf.create(recorded))] if recorded else []
+    layers = [("the recorded configuration", OmegaConf.create(_literal(recorded)))] if recorded else []
     layers += [(str(file), read_yaml(Path(file))) for file in files]
     layers += [(text, read_override(text)) for text in overrides]
     layers = switching.without_replaced_engine(layers)
@@ -59,6 +61,15 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = (), recorded: d
     config = _to_config(merged)
     rules.apply(config, ConfigError)
     return config
+
+
+def _literal(value: Any) -> Any:
+    """The value with every "${" escaped, as OmegaConf's grammar has it: backslashes before it count double."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    return _INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def to_dict(config: Config) -> dict[str, Any]:

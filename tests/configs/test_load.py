@@ -116,6 +116,27 @@ def test_an_environment_variable_may_hold_a_value(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
+    "prompt",
+    [
+        "${oc.env:HUB_TOKEN}",
+        "costs ${price} or $5",
+        "${",
+        r"a\\b \${oc.env:HUB_TOKEN} \\${x} c\\",
+        r"\\\${oc.env:HUB_TOKEN}",
+    ],
+)
+def test_recorded_values_are_literal(monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+    """A checkpoint may be a stranger's: what it says is neither an expression nor an error."""
+    monkeypatch.setenv("HUB_TOKEN", "hunter2")
+    recorded = load.to_dict(smoke())
+    recorded["sample"]["prompts"] = [prompt]
+    recorded["model"]["path"] = prompt
+    config = load.load([], ["run.dir=${oc.env:HUB_TOKEN}"], recorded)
+    assert config.model["path"] == prompt and list(config.sample.prompts) == [prompt]
+    assert config.run.dir == "hunter2"  # the user's own may
+
+
+@pytest.mark.parametrize(
     "uri, shown",
     [
         ("https://token@host/x", "https://***@host/x"),
