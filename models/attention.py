@@ -60,6 +60,8 @@ _DISPATCHED = {
     "flash": AttentionBackendName.FLASH_VARLEN,
     "flash3": AttentionBackendName._FLASH_VARLEN_3,
 }
+_loaded: dict[str, Callable[..., Any]] = {}
+"""The kernels in use by name. `use` puts them here: an import inside of a compiled block would break its graph."""
 _given: Packing | None = None
 """The packing of the pass that computes, from the processor that received it to the kernel behind diffusers' dispatch."""
 
@@ -122,11 +124,14 @@ def use(model: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: a flash kernel for a model none of whose attention goes there.
+        ImportError, OSError, AttributeError: it cannot be loaded.
     """
     processors: list[Any] = [getattr(module, "processor", None) for module in model.modules()]
     dispatched = [processor for processor in processors if hasattr(processor, "_attention_backend")]
     if not dispatched and name != "native":
         raise ValueError(f"{type(model).__name__} calls PyTorch's attention itself; set model.attention=native")
+    if name != "native":
+        _loaded[name] = load_kernel(name)
     for processor in dispatched:
         processor._attention_backend = _DISPATCHED[name]
 
@@ -210,7 +215,7 @@ def _dispatch(name: str) -> Callable[..., Tensor]:
         # Autocast covers PyTorch's attention, not kernels that it does not know.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-        return attend(query, key, value, packing, load_kernel(name), scale)
+        return attend(query, key, value, packing, _loaded[name], scale)
 
     return backend
 

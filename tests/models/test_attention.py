@@ -6,7 +6,9 @@ The kernel itself needs a GPU; here a reference with its signature stands in.
 from __future__ import annotations
 
 import copy
+import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +32,17 @@ MASK = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1],
 @pytest.fixture(autouse=True)
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn is installed: the reference."""
-    monkeypatch.setattr(attention, "load_kernel", lambda name: reference)
+    install(monkeypatch, reference)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]) -> None:
+    """As packages that Python imports: how the kernel is found is part of what compiles."""
+    for name in ("flash_attn", "flash_attn_interface"):
+        package: Any = types.ModuleType(name)
+        package.flash_attn_varlen_func = kernel
+        monkeypatch.setitem(sys.modules, name, package)
+    for name in ("flash", "flash3"):
+        monkeypatch.delitem(attention._loaded, name, raising=False)
 
 
 def draw(*shape: int) -> Tensor:
@@ -138,7 +150,7 @@ def test_flash_computes_in_the_blocks_dtype(
         seen.update(tensor.dtype for tensor in (q, k, v))
         return reference(q, k, v, *lengths, **options)
 
-    monkeypatch.setattr(attention, "load_kernel", lambda name: kernel)
+    install(monkeypatch, kernel)
     attention.use(backbone, "flash")
     backbone._packs = True
     if engine == "sharded":
@@ -162,10 +174,11 @@ def test_padding_content_changes_nothing(backbone: QwenImage, rows: Rows, name: 
         assert torch.equal(model(x_t, t, r, dirty), clean)
 
 
-def test_a_dispatched_mask_needs_no_packing_of_the_pass() -> None:
+def test_a_dispatched_mask_needs_no_packing_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Z-Image calls it: the mask of keys comes by diffusers' dispatch."""
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
+    monkeypatch.setitem(attention._loaded, "flash", reference)
     inputs = [draw(4, 6, 2, 8) for _ in range(3)]
     backend = AttentionBackendName.FLASH_VARLEN
     expected = attention.attend(inputs[0], inputs[1], inputs[2], attention.pack(MASK), reference)
@@ -186,7 +199,7 @@ def test_autocast_reaches_the_kernel() -> None:
         return reference(q, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16), attention.given(packing):
-        patch.setattr(attention, "load_kernel", lambda name: kernel)
+        patch.setitem(attention._loaded, "flash", kernel)
         attention._dispatch("flash")(*inputs)
     assert seen == [torch.bfloat16]
 
