@@ -16,7 +16,7 @@ from configs.schema import Config, Lora
 from models import lora, lora_files
 from models.weights import ADAPTER, CheckpointError, FlatPart, base_name, component, flat_parts, some
 from trainer.engines.engine import TensorPart
-from trainer.model_folder import local_start
+from trainer.model_folder import local_start, single_time
 from trainer.saving import unsaved_weights
 from trainer.saving.certificate import CONFIG, SavedTensor
 from trainer.saving.checkpoint_reader import CheckpointReader
@@ -127,6 +127,12 @@ def _given(config: Config, path: str) -> Source:
         if saved.base is None:
             log.warning("%s does not say which weights its adapters belong to; they are taken for model.path's", path)
         return Source(lambda module: lora.initialise(module, config.run.seed, saved.tensors), True, saved.base)
+    if single_time(folder) and not (config.lora.rank is not None and config.lora.variant == "single_time"):
+        raise CheckpointError(
+            f"init_from.path={path} is an export of merged adapters that is asked at t - r/2; its second time embedding is "
+            "zero and could not learn. Set lora.rank and lora.variant=single_time, or start from the model that the "
+            "adapters were trained on"
+        )
     log.info("the weights are those of %s", path)
     return Source(lambda module: _load_folder(module, folder, _seed(config)))
 

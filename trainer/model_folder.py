@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,12 @@ from models.weights import CheckpointError
 def is_model_file(name: str) -> bool:
     """Whether models are loaded from such a file; code and pickles are left where they are."""
     return PurePosixPath(name).suffix in MODEL_FILES
+
+
+def single_time(folder: str | Path) -> bool:
+    """Whether a model folder on this machine is an export of merged adapters whose network is asked at t - r/2."""
+    file = Path(folder) / "scheduler/scheduler_config.json"
+    return file.is_file() and bool(json.loads(file.read_text()).get("single_time"))
 
 
 def with_local_model(config: Config) -> Config:

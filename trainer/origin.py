@@ -21,7 +21,7 @@ from models import backbones, weights
 from models.transformer import TWIN
 from trainer import initial_weights
 from trainer.engines.engine import TensorPart
-from trainer.model_folder import with_local_model
+from trainer.model_folder import single_time, with_local_model
 from trainer.plugins import plugin
 from trainer.saving.certificate import CONFIG, SavedTensor
 from trainer.saving.checkpoint_reader import CheckpointReader
@@ -60,6 +60,11 @@ class Origin:
     def base(self) -> Path:
         """The diffusers model folder with the encoders."""
         return Path(self.config.model["path"])
+
+    @property
+    def single_time(self) -> bool:
+        """Whether the weights are those of an export whose network is asked at t - r/2 in place of (t, r)."""
+        return self.reader is None and single_time(self.base)
 
     @property
     def resolution(self) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,14 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from configs.schema import Config, InitFrom, Lora
 from data.pack import main as pack_main
 from models import tiny
 from models.backbones.qwen_image import unpack
+from models.weights import CheckpointError
 from tests.ranks import run_ranks
 from tests.trainer.plain_diffusers import Plain
 from tests.trainer.precomputing import PACK, SMOKE, settings, write_pictures
 from tests.trainer.small_runs import trained_loss
-from trainer import export
+from trainer import export, initial_weights, origin
+from trainer.generate import network
 from trainer.generate.sampler import preset
 from trainer.run import Run
 
@@ -165,6 +169,31 @@ def test_a_run_starts_from_an_export(trained: Trained, tmp_path: Path) -> None:
     overrides = settings(trained.folder / "model", trained.folder / "data", tmp_path / "run", **given)
     before, _, _ = run_ranks(trained_loss, 2, [str(SMOKE)], overrides, timeout=240.0)[0]
     assert before == pytest.approx(trained.after, rel=1e-5)  # adapters are merged in float32
+
+
+def test_an_export_that_is_asked_at_one_time_is_no_start_for_two(trained: Trained, exported: Path) -> None:
+    for rank, variant in ((None, "single_time"), (4, "second_embedding"), (4, "single_time")):
+        config = Config(lora=Lora(rank=rank, variant=variant), init_from=InitFrom(path=str(exported)))
+        refused = "single_time" in trained.more.values() and (rank, variant) != (4, "single_time")
+        with pytest.raises(CheckpointError, match="could not learn") if refused else contextlib.nullcontext():
+            initial_weights.loader(config, resumes=False, teacher="online")
+
+
+def velocities(exported: str) -> dict[str, Tensor]:
+    """Of an export: as `twinflow sample` asks for them at (t, r), and those at (t, r) and at t - r/2."""
+    found, device = origin.find(exported, None, None), torch.device("cpu")
+    plain = network.filled(found, "online", network.architecture(found), device)
+    x_t, cond, _ = tiny.example(plain, 3)
+    t, r = torch.tensor([0.9, 0.5, -0.3]), torch.tensor([0.4, 0.5, -0.7])
+    with torch.no_grad():
+        asked = network.load(found, "online", network.architecture(found), device).velocity(x_t, t, r, cond)
+        return {"asked": asked, "two": plain(x_t, t, r, cond), "one": plain(x_t, t - r / 2, t - r / 2, cond)}
+
+
+def test_an_export_is_sampled_at_the_times_that_its_pipeline_asks(trained: Trained, exported: Path) -> None:
+    found = run_ranks(velocities, 1, str(exported))[0]
+    wanted = "one" if trained.more.get("lora.variant") == "single_time" else "two"
+    assert distance(found["asked"], found[wanted]) <= 1e-6 < distance(found["one"], found["two"])
 
 
 def test_the_stock_pipeline_class_draws_with_few_presets(trained: Trained, exported: Path, plain: Plain) -> None:

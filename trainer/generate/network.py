@@ -33,7 +33,15 @@ def load(origin: Origin, which: str, backbone: Any, device: torch.device) -> Net
     """`architecture`'s backbone, in place, ready for passes; see `filled`."""
     block_dtype = origin.config.engine.get("block_dtype", "float32")
     use_attention(backbone, plugin("model", origin.config.model)[1], block_dtype, device)
-    return Networks(filled(origin, which, backbone, device), None)
+    module = filled(origin, which, backbone, device)
+    if origin.single_time:
+        module.register_forward_pre_hook(_ask_at_one_time, prepend=True)
+    return Networks(module, None)
+
+
+def _ask_at_one_time(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x_t, t, r, *others = args
+    return (x_t, t - (t if r is None else r) / 2, None, *others)
 
 
 def filled(origin: Origin, which: str, backbone: Any, device: torch.device) -> nn.Module:
