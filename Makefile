@@ -27,7 +27,7 @@ smoke: setup
 
 test: lint
 	tests/launcher/install_slurm.sh
-	$(BIN)/python -m pytest
+	tests/side_by_side.sh
 
 lint: setup
 	$(BIN)/ruff check .
