@@ -96,25 +96,20 @@ def _options_class(path: Path) -> ast.ClassDef | None:
 
 
 def _with_bases(path: Path, node: ast.ClassDef) -> dict[str, Knob]:
-    knobs: dict[str, Knob] = {}
+    """Options of a class of the file and of its bases, from this file or imported from others of ours."""
+    module, knobs = ast.parse(path.read_text()), dict[str, Knob]()
     imports = {
-        alias.asname or alias.name: (statement.module or "", alias.name)
-        for statement in ast.parse(path.read_text()).body
+        alias.asname or alias.name: (ROOT / f"{(statement.module or '').replace('.', '/')}.py", alias.name)
+        for statement in module.body
         if isinstance(statement, ast.ImportFrom)
         for alias in statement.names
     }
-    for base in node.bases:
-        name = ast.unparse(base)
-        if name in imports:
-            module, original = imports[name]
-            base_path = ROOT / f"{module.replace('.', '/')}.py"
-            if base_path.exists():
-                found = next(
-                    n
-                    for n in ast.parse(base_path.read_text()).body
-                    if isinstance(n, ast.ClassDef) and n.name == original
-                )
-                knobs |= _with_bases(base_path, found)
+    for base in map(ast.unparse, node.bases):
+        base_path, name = imports.get(base, (path, base))
+        classes = ast.parse(base_path.read_text()).body if base_path.exists() else []
+        found = next((n for n in classes if isinstance(n, ast.ClassDef) and n.name == name), None)
+        if found is not None:
+            knobs |= _with_bases(base_path, found)
     return knobs | {knob.name: knob for knob in _own(node)}
 
 

@@ -228,12 +228,17 @@ class ShardCache:
 
     def _make_directory(self) -> None:
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.directory.stat().st_uid != os.getuid():
-                # Whoever owns the folder decides what a run trains on.
-                raise DataError(f"{self.directory}: belongs to another user; set data.cache_dir to a folder of yours")
+            make_own(self.directory)
         except OSError as error:
             raise DataError(f"{self.directory}: {error.strerror or error}; set data.cache_dir") from error
+
+
+def make_own(folder: Path) -> None:
+    """Make a folder for what was fetched, unless it is there. DataError where it is another user's: whoever owns it
+    decides what a run trains on."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise DataError(f"{folder}: belongs to another user; set data.cache_dir to a folder of yours")
 
 
 def stamp(path: Path, wanted_ns: int) -> None:

@@ -1,4 +1,4 @@
-"""How the commands of data end: what was wrong in one line, or that they were interrupted."""
+"""How the commands that move data end: what was wrong in one line, or that they were interrupted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Callable
 from data.s3 import DataError
 
 
-def exit_status(work: Callable[[], int], interrupted: str) -> int:
-    """What `work` returns; 1 after a DataError, 130 after Ctrl-C, whose consequence `interrupted` tells."""
+def exit_status(work: Callable[[], int], interrupted: str, *failures: type[Exception]) -> int:
+    """What `work` returns; 1 after a DataError or one of `failures`, 130 after Ctrl-C, whose consequence `interrupted`
+    tells."""
+    expected: tuple[type[Exception], ...] = (DataError, *failures)
     try:
         return work()
-    except DataError as error:
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

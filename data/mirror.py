@@ -10,13 +10,12 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.cache import cache_folder
+from data.cache import cache_folder, make_own
 from data.s3 import READ_BUDGET_S, DataError, safe_name
 from data.store import S3Store, Stored, open_store
 
@@ -48,9 +47,7 @@ def mirror(
     described = "\n".join([store.identity, *(f"{name} {e.bytes} {e.etag}" for name, e in files.items())])
     folder = cache_folder(cache_dir) / "models" / hashlib.sha256(described.encode()).hexdigest()[:16]
     try:
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.parent.stat().st_uid != os.getuid():
-            raise DataError(f"{folder.parent}: belongs to another user; set data.cache_dir to a folder of yours")
+        make_own(folder.parent)
         partial = folder.with_name(f"{folder.name}.partial")
         with _sole(folder, lambda: _said(store.url, files, partial)):
             if not _complete(folder, files):

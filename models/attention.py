@@ -9,6 +9,7 @@ kernel. Shapes depend on no value: no host sync, nothing to recompile.
 from __future__ import annotations
 
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -134,6 +135,20 @@ def use(model: nn.Module, name: str) -> None:
         _loaded[name] = load_kernel(name)
     for processor in dispatched:
         processor._attention_backend = _DISPATCHED[name]
+
+
+class Dispatched:
+    """Mixin of a backbone all of whose attention goes through diffusers' dispatch; left of the others among the bases."""
+
+    @property
+    @abstractmethod
+    def head_width(self) -> int: ...
+
+    def use_attention(self, requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
+        """Choose the kernel for blocks that compute in `dtype` on `device` (see `choose`), and use it."""
+        choice = choose(requested, device, dtype, self.head_width)
+        use(self, choice.name)  # type: ignore[arg-type]
+        return choice
 
 
 def pack(mask: Tensor) -> Packing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,6 +16,7 @@ from models import weights as weight_files
 from models.backbone import Conditioning
 from models.encoders.latents import LatentEncoder
 from models.encoders.text import TextEncoder
+from models.precision import keep_float64
 from models.target_time import TargetTime
 
 LATENT_KINDS = ("vae", "pixels")
@@ -35,9 +36,21 @@ class TransformerOptions:
     """float32 | bfloat16: computation of the frozen text encoder and VAE."""
 
 
+@dataclass
+class DispatchedOptions(TransformerOptions):
+    attention: str = "auto"
+    """auto | native | flash | flash3: PyTorch's attention, or flash-attn 2 or 3 with variable length (GPUs, bfloat16
+    blocks). auto takes the fastest that runs here; the log says which and why."""
+
+
 class TransformerBackbone(TargetTime):
     """Mixin of a diffusers transformer whose blocks are `transformer_blocks`, left of it among the bases; with the
-    subclass it implements models.backbone.Backbone."""
+    subclass it implements models.backbone.Backbone.
+
+    config: the transformer's config.json. pixels_per_latent: edge of the square of pixels behind one latent (1: it
+    generates pixels); None: that of the released models' VAE. On device "meta" nothing is allocated; materialise with
+    `to_empty`, then `load`.
+    """
 
     family: ClassVar[str]
     """Name of the model for messages."""
@@ -48,8 +61,32 @@ class TransformerBackbone(TargetTime):
     masked_text: ClassVar[bool] = True
     takes_references: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]]
+    unsupported: ClassVar[tuple[str, ...]] = ()
+    """Keys of config.json that must be absent or false."""
+    released_pixels_per_latent: ClassVar[int] = 8
+    new_deviation: ClassVar[float] = 0.02
+    """Of the weights of a new E2 (method 3, SD3 and SANA): r = t is the base model, and other r begin near it."""
     pixels_per_latent: int
     config: Any
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        pixels_per_latent: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        with torch.device(device):
+            super().__init__(**self._arguments(config))
+        self.pixels_per_latent = pixels_per_latent or self.released_pixels_per_latent
+        self._adapt()
+        self.add_target_time()
+        keep_float64(self)  # type: ignore[arg-type]
+        nn.Module.to(self, dtype)  # type: ignore[call-overload]  # diffusers' own warns about an empty list of modules
+
+    def _adapt(self) -> None:
+        """What a backbone changes in the module that diffusers has made."""
 
     @classmethod
     @abstractmethod
@@ -115,9 +152,9 @@ class TransformerBackbone(TargetTime):
                 f"set model.name to its backbone, or model.path to a diffusers {cls.family} model folder"
             )
         if latents == "pixels":
-            return cls(config, pixels_per_latent=1, device=device, dtype=dtype)  # type: ignore[call-arg]
+            return cls(config, pixels_per_latent=1, device=device, dtype=dtype)
         channels, pixels = cls.vae_shape(cls._read_config(Path(path) / "vae"))
-        made = cls(config, pixels_per_latent=pixels, device=device, dtype=dtype)  # type: ignore[call-arg]
+        made = cls(config, pixels_per_latent=pixels, device=device, dtype=dtype)
         if made.latent_channels != channels:
             raise ValueError(
                 f"the VAE in {path} makes latents of {channels} channels, its transformer generates "
@@ -134,9 +171,9 @@ class TransformerBackbone(TargetTime):
         return config
 
     @classmethod
-    def _arguments(cls, config: Mapping[str, Any], unsupported: Sequence[str]) -> dict[str, Any]:
+    def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the diffusers class in a config.json. Raises ValueError for those not supported here."""
-        refused = [key for key in unsupported if config.get(key)]
+        refused = [key for key in cls.unsupported if config.get(key)]
         if refused:
             raise ValueError(f"{cls.family} transformers with {' and '.join(refused)} are not supported")
         return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -178,6 +215,20 @@ class TransformerBackbone(TargetTime):
         height, width = (edge // self.pixels_per_latent for edge in resolution)
         return self.latent_channels, height, width
 
+    def backward_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
+        """Two products for each of the forward pass, but for those whose result nobody asks for. Attention counts as its
+        four products; flash kernels compute the scores once more."""
+        unasked = self._input_products(tokens, text_tokens)
+        return 2 * self.flops(batch, tokens, text_tokens) - 2 * batch * unasked
+
+    @abstractmethod
+    def flops(self, batch: int, tokens: int, text_tokens: int) -> int: ...
+
+    @abstractmethod
+    def _input_products(self, tokens: int, text_tokens: int) -> int:
+        """Multiplications of one row by numbers that get no gradient: the network's inputs, as far as they enter linear
+        layers as they are."""
+
     def load(self, path: str, seed: int = 0) -> None:
         """Fill the parameters from a diffusers folder; `_new_parameters` says how E2 starts where a base checkpoint has
         none."""
@@ -185,9 +236,9 @@ class TransformerBackbone(TargetTime):
         target = f"{self.time_embedding}_2."
         weight_files.load(self, folder, {target: self._new_parameters(seed)})  # type: ignore[arg-type]
 
-    def _new_parameters(self, seed: int) -> str | Callable[[str, tuple[int, ...]], Tensor]:
-        """How the parameters of E2 start: as copies of E1."""
-        return f"{self.time_embedding}."
+    def _new_parameters(self, seed: int) -> str | weight_files.Start:
+        """How the parameters of E2 start: the prefix of those they are copies of, or what makes them."""
+        return weight_files.normal_start(self.new_deviation, seed)
 
     def export(self, path: str, state: dict[str, Tensor]) -> None:
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}

@@ -1,8 +1,8 @@
 """Bring a base model from a hub, once, on a login node: python -m trainer.fetch_model REPO DEST [--revision main]
 
-DEST is a folder, which appears complete or not at all, or s3://BUCKET/PREFIX, where model_index.json (of a
-single component, config.json) comes last. An
-interrupted fetch goes on with the same command. Compute nodes read DEST (model.path) and never talk to a hub.
+DEST is a folder, which appears complete or not at all, or s3://BUCKET/PREFIX, where model_index.json (of a single
+component, config.json) comes last. An interrupted fetch goes on with the same command. Compute nodes read DEST
+(model.path) and never talk to a hub.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from configs.folders import write_json
-from data.s3 import DataError
+from data.ending import exit_status
 from data.store import S3Store, open_store
 from models import hub
 
@@ -37,21 +37,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--scratch", type=Path, help="where a folder for files on their way to s3:// is made; default TMPDIR"
     )
     options = parser.parse_args(arguments)
-    try:
-        snapshot = hub.find(options.repo, options.revision, options.subfolder)
-        size = f"{len(snapshot.files)} files, {sum(snapshot.files.values()) / 1e9:.1f} GB, commit {snapshot.commit}"
-        print(f"{options.repo}: {size}")
-        store = open_store(options.dest, options.endpoint_url)
-        if isinstance(store, S3Store):
-            fresh = to_store(snapshot, store, _scratch(options.scratch, store.identity))
-        else:
-            fresh = to_folder(snapshot, Path(store.url))
-    except (hub.HubError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _fetch(options), "the same command goes on", hub.HubError, OSError)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    snapshot = hub.find(options.repo, options.revision, options.subfolder)
+    size = f"{len(snapshot.files)} files, {sum(snapshot.files.values()) / 1e9:.1f} GB, commit {snapshot.commit}"
+    print(f"{options.repo}: {size}")
+    store = open_store(options.dest, options.endpoint_url)
+    if isinstance(store, S3Store):
+        fresh = to_store(snapshot, store, _scratch(options.scratch, store.identity))
+    else:
+        fresh = to_folder(snapshot, Path(store.url))
     print(f"{options.dest}: {'complete' if fresh else 'already complete'}; set model.path={options.dest}")
     return 0
 

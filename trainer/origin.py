@@ -12,6 +12,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from configs import load as configuration
@@ -23,6 +24,7 @@ from trainer import initial_weights
 from trainer.engines.engine import TensorPart
 from trainer.model_folder import single_time, with_local_model
 from trainer.plugins import plugin
+from trainer.run_folder import CONFIG_FILE
 from trainer.saving.certificate import CONFIG, SavedTensor
 from trainer.saving.checkpoint_reader import CheckpointReader
 from trainer.saving.checkpoints_cli import reader
@@ -131,13 +133,14 @@ def find(text: str, endpoint_url: str | None, base: str | None, overrides: Seque
 
 def _of_run(checkpoint: CheckpointReader, run: Path | None, overrides: Sequence[str]) -> Config:
     recorded = checkpoint.certificate.metadata.get(CONFIG)
-    files = [run / "config.yaml"] if recorded is None and run is not None else []
-    if recorded is None and not files:
+    if recorded is None and run is not None:
+        recorded = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    if recorded is None:
         raise OriginError(
             f"{checkpoint.url} does not say which configuration it belongs to (an earlier version wrote it): name the "
             "run's folder instead"
         )
-    return configuration.load(files, overrides, recorded)
+    return configuration.load([], overrides, recorded)
 
 
 def _run_folder(path: Path) -> Path | None:

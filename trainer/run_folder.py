@@ -17,6 +17,8 @@ from configs.folders import OURS, refuse_foreign, run_folder, unused, write_json
 from configs.schema import Config
 from trainer.saving.checkpoint_store import CheckpointStore, open_store
 
+CONFIG_FILE = "config.yaml"
+
 
 class RunRefused(ValueError):
     """The folder holds something that this configuration must not continue or overwrite."""
@@ -65,7 +67,7 @@ def open_run(
     owner = _refuse_foreign_store(store, earlier.get("id"), path) if config.checkpoint.dir else None
     path.mkdir(parents=True, exist_ok=True)
     (path / "pictures").mkdir(exist_ok=True)
-    configuration.save(config, path / "config.yaml")
+    configuration.save(config, path / CONFIG_FILE)
     own = earlier.get("id") or secrets.token_hex(8)
     write_json(record, {"id": own, "identity": identity, "circumstance": circumstance})
     if config.checkpoint.dir and owner is None:  # after our own record: a start killed between the two knows its id

@@ -14,30 +14,22 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor, nn
 
 from models import attention
+from models.attention import Dispatched
 from models.backbone import Conditioning
 from models.encoders.qwen_image import QwenImageLatents, QwenImageText
 from models.encoders.qwen_image_edit import QwenImageEditText, edit_pipeline
 from models.encoders.text import TextEncoder
-from models.precision import keep_float64
 from models.target_time import SINUSOID
-from models.transformer import TransformerBackbone, TransformerOptions
-
-UNSUPPORTED = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
+from models.transformer import DispatchedOptions, TransformerBackbone
 
 
 @dataclass
-class QwenImageOptions(TransformerOptions):
-    attention: str = "auto"
-    """auto | native | flash | flash3: PyTorch's attention, or flash-attn 2 or 3 with variable length (GPUs, bfloat16
-    blocks). auto takes the fastest that runs here; the log says which and why."""
+class QwenImageOptions(DispatchedOptions):
+    pass
 
 
-class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
-    """Backbone over diffusers' QwenImageTransformer2DModel; parameter names are its own plus `time_text_embed_2.*`.
-
-    config: the transformer's config.json. pixels_per_latent: edge of the square of pixels behind one latent (8 for the
-    Qwen-Image VAE, 1 for pixels). On device "meta" nothing is allocated; materialise with `to_empty`, then `load`.
-    """
+class QwenImage(Dispatched, TransformerBackbone, QwenImageTransformer2DModel):
+    """Backbone over diffusers' QwenImageTransformer2DModel; parameter names are its own plus `time_text_embed_2.*`."""
 
     family, class_name = "Qwen-Image", "QwenImageTransformer2DModel"
     text_class, latents_class = QwenImageText, QwenImageLatents
@@ -48,24 +40,17 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
         *("timestep_embedder.linear_1", "timestep_embedder.linear_2"),
     )
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        *,
-        pixels_per_latent: int = 8,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        with torch.device(device):
-            super().__init__(**self._arguments(config, UNSUPPORTED))
+    unsupported = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
+    _packs = False
+
+    def _adapt(self) -> None:
         # The rotary tables are plain attributes: to_empty() would not bring them back from the meta device.
         with torch.device("cpu"):
             self.pos_embed = QwenEmbedRope(theta=10000, axes_dim=list(self.config.axes_dims_rope), scale_rope=True)
-        self.pixels_per_latent = pixels_per_latent
-        self._packs = False
-        self.add_target_time()
-        keep_float64(self)
-        nn.Module.to(self, dtype)  # diffusers' own `to` warns about an empty list of float32 modules
+
+    def _new_parameters(self, seed: int) -> str:
+        """As copies of E1, as published."""
+        return f"{self.time_embedding}."
 
     @classmethod
     def text_encoder(
@@ -125,10 +110,12 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
         """The times of all rows, then those of their references, as diffusers orders them."""
         return times if self.time_rows == 1 else torch.cat([times, torch.zeros_like(times)])
 
+    @property
+    def head_width(self) -> int:
+        return int(self.config.attention_head_dim)
+
     def use_attention(self, requested: str, device: torch.device, dtype: torch.dtype) -> attention.Choice:
-        """Choose the kernel for blocks that compute in `dtype` on `device` (models/attention.py) and use it."""
-        choice = attention.choose(requested, device, dtype, self.config.attention_head_dim)
-        attention.use(self, choice.name)
+        choice = super().use_attention(requested, device, dtype)
         self._packs = choice.name != "native"
         return choice
 
@@ -160,21 +147,18 @@ class QwenImage(TransformerBackbone, QwenImageTransformer2DModel):
     def flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """Matrix products and attention of one forward pass; tokens: patches of a row's image and references."""
         width, patch_width = self.inner_dim, self.config.patch_size**2 * self.out_channels
-        ends = tokens * self.config.in_channels * width + text_tokens * self.config.joint_attention_dim * width
-        ends += self.time_rows * 2 * (SINUSOID + width) * width  # time and target-time embedding
+        ends = self._input_products(tokens, text_tokens) + text_tokens * self.config.joint_attention_dim * width
+        ends += self.time_rows * 2 * width**2  # second layers of time and target-time embedding
         ends += 2 * width**2 + tokens * width * patch_width
         return self.recompute_flops(batch, tokens, text_tokens) + 2 * batch * ends
 
     def backward_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
-        """Two products for each of the forward pass, but for those whose result nobody asks for.
+        """As for every backbone; besides, the last block's text output gives no gradient (see idle_parameters)."""
+        idle = text_tokens * (1 + 8) * self.inner_dim**2  # output projection, feed-forward
+        return super().backward_flops(batch, tokens, text_tokens) - 2 * 2 * batch * idle
 
-        Latents and sinusoids get no gradient, and the last block's text output gives none (see idle_parameters).
-        Attention counts as its four products; flash kernels compute the scores once more.
-        """
-        width = self.inner_dim
-        inputs = (tokens * self.config.in_channels + self.time_rows * 2 * SINUSOID) * width
-        idle = text_tokens * (1 + 8) * width**2  # output projection, feed-forward
-        return 2 * self.flops(batch, tokens, text_tokens) - 2 * batch * (inputs + 2 * idle)
+    def _input_products(self, tokens: int, text_tokens: int) -> int:
+        return int((tokens * self.config.in_channels + self.time_rows * 2 * SINUSOID) * self.inner_dim)
 
     def recompute_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """The forward pass of the blocks, all of which are checkpoint units."""

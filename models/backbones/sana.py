@@ -6,19 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import SanaTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backbone import Conditioning
 from models.encoders.sana import SanaLatents, SanaText
-from models.precision import keep_float64
 from models.target_time import SINUSOID
 from models.transformer import TransformerBackbone, TransformerOptions
-from models.weights import Start, normal_start
 
-NEW_DEVIATION = 0.02
-"""Of the weights of a new target-time embedding (method 3)."""
 TRAINING_TIMES = 1000  # the time 1 in the steps of SANA's scheduler
 
 
@@ -31,8 +26,7 @@ class Sana(TransformerBackbone, SanaTransformer2DModel):
     """Backbone over diffusers' SanaTransformer2DModel; parameter names are its own plus `time_embed_2.*`.
 
     Both outputs of the time embedding, the modulation of all blocks and the embedded time of the last norm, get a
-    second part. config: the transformer's config.json. pixels_per_latent: edge of the square of pixels behind one latent
-    (32 for DC-AE). On device "meta" nothing is allocated; materialise with `to_empty`, then `load`.
+    second part.
     """
 
     family, class_name = "SANA", "SanaTransformer2DModel"
@@ -42,17 +36,10 @@ class Sana(TransformerBackbone, SanaTransformer2DModel):
         *("timestep_embedder.linear_1", "timestep_embedder.linear_2", "time_embed.linear", "time_embed_2.linear"),
     )
     time_embedding = "time_embed"
+    unsupported = ("guidance_embeds", "dropout")
+    released_pixels_per_latent = 32
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        *,
-        pixels_per_latent: int = 32,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        with torch.device(device):
-            super().__init__(**self._arguments(config, ("guidance_embeds", "dropout")))
+    def _adapt(self) -> None:
         if self.config.out_channels not in (None, self.config.in_channels):
             raise ValueError(
                 f"SANA transformers with out_channels={self.config.out_channels} for {self.config.in_channels} latent "
@@ -60,11 +47,7 @@ class Sana(TransformerBackbone, SanaTransformer2DModel):
             )
         # A table of positions is in no checkpoint and would not come back from the meta device: it is made in each pass.
         self.patch_embed.height = self.patch_embed.width = None
-        self.pixels_per_latent = pixels_per_latent
         self.time_scale = TRAINING_TIMES * self.config.timestep_scale
-        self.add_target_time()
-        keep_float64(self)
-        nn.Module.to(self, dtype)  # diffusers' own `to` warns about an empty list of float32 modules
 
     @classmethod
     def vae_shape(cls, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -77,10 +60,6 @@ class Sana(TransformerBackbone, SanaTransformer2DModel):
     @property
     def text_width(self) -> int:
         return int(self.config.caption_channels)
-
-    def _new_parameters(self, seed: int) -> Start:
-        """Small normal numbers: r = t is the base model, and other r begin near it."""
-        return normal_start(NEW_DEVIATION, seed)
 
     def forward(
         self, x_t: Tensor, t: Tensor, r: Tensor | None, cond: Conditioning, weights: Tensor | None = None
@@ -119,21 +98,14 @@ class Sana(TransformerBackbone, SanaTransformer2DModel):
     def flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """Matrix products, convolutions and attention of one forward pass; tokens: image tokens of a row."""
         width = self._width
-        ends = self._first_products(tokens, text_tokens)
+        ends = self._input_products(tokens, text_tokens)
         ends += 2 * (1 + 6) * width**2  # second layer and modulation, in both time embeddings
         ends += text_tokens * width**2 + tokens * width * self.patch**2 * self.latent_channels
         return self.recompute_flops(batch, tokens, text_tokens) + 2 * batch * ends
 
-    def _first_products(self, tokens: int, text_tokens: int) -> int:
-        """Multiplications of the layers that read the network's inputs, of one row."""
+    def _input_products(self, tokens: int, text_tokens: int) -> int:
         latents = tokens * self.patch**2 * self.latent_channels
         return (latents + text_tokens * self.text_width + 2 * SINUSOID) * self._width
-
-    def backward_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
-        """Two products for each of the forward pass; the network's inputs get no gradient. Attention to the text counts
-        as its four products; flash kernels compute the scores once more."""
-        inputs = self._first_products(tokens, text_tokens)
-        return 2 * self.flops(batch, tokens, text_tokens) - 2 * batch * inputs
 
     def recompute_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """The forward pass of the blocks, all of which are checkpoint units."""

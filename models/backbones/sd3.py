@@ -8,17 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backbone import Conditioning
 from models.encoders.sd3 import SD3Latents, SD3Text
-from models.precision import keep_float64
 from models.target_time import SINUSOID
 from models.transformer import TransformerBackbone, TransformerOptions
-from models.weights import Start, normal_start
-
-NEW_DEVIATION = 0.02
-"""Of the weights of a new target-time embedding (method 3)."""
 
 
 @dataclass
@@ -30,8 +25,7 @@ class SD3(TransformerBackbone, SD3Transformer2DModel):
     """Backbone over diffusers' SD3Transformer2DModel; parameter names are its own plus `time_text_embed_2.*`.
 
     Conditions are of one length and have no mask: padding is read, as in pretraining. They carry pooled texts, which
-    both time embeddings take in. config: the transformer's config.json. pixels_per_latent: edge of the square of pixels
-    behind one latent. On device "meta" nothing is allocated; materialise with `to_empty`, then `load`.
+    both time embeddings take in.
     """
 
     family, class_name = "Stable Diffusion 3", "SD3Transformer2DModel"
@@ -42,21 +36,6 @@ class SD3(TransformerBackbone, SD3Transformer2DModel):
     )
     masked_text = False
     time_scale = 1000.0
-
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        *,
-        pixels_per_latent: int = 8,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        with torch.device(device):
-            super().__init__(**self._arguments(config, ()))
-        self.pixels_per_latent = pixels_per_latent
-        self.add_target_time()
-        keep_float64(self)
-        nn.Module.to(self, dtype)  # diffusers' own `to` warns about an empty list of float32 modules
 
     @classmethod
     def vae_shape(cls, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -83,10 +62,6 @@ class SD3(TransformerBackbone, SD3Transformer2DModel):
                 f"at {most}; pack smaller images"
             )
         return shape
-
-    def _new_parameters(self, seed: int) -> Start:
-        """Small normal numbers: r = t is the base model, and other r begin near it."""
-        return normal_start(NEW_DEVIATION, seed)
 
     def forward(
         self, x_t: Tensor, t: Tensor, r: Tensor | None, cond: Conditioning, weights: Tensor | None = None
@@ -123,22 +98,15 @@ class SD3(TransformerBackbone, SD3Transformer2DModel):
     def flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """Matrix products and attention of one forward pass; tokens: image tokens (patches) of a row."""
         width, patch_width = self.inner_dim, self.patch**2 * self.out_channels
-        ends = self._first_products(tokens, text_tokens)
+        ends = self._input_products(tokens, text_tokens)
         ends += 2 * 2 * width**2  # second layers of times and pooled texts, in both embeddings
         ends += 2 * width**2 + tokens * width * patch_width
         return self.recompute_flops(batch, tokens, text_tokens) + 2 * batch * ends
 
-    def _first_products(self, tokens: int, text_tokens: int) -> int:
-        """Multiplications of the layers that read the network's inputs, of one row."""
+    def _input_products(self, tokens: int, text_tokens: int) -> int:
         latents = tokens * self.patch**2 * self.latent_channels
         texts = text_tokens * self.text_width
         return (latents + texts + 2 * (SINUSOID + self.pooled_width)) * int(self.inner_dim)
-
-    def backward_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
-        """Two products for each of the forward pass; the network's inputs get no gradient. Attention counts as its four
-        products; flash kernels compute the scores once more."""
-        inputs = self._first_products(tokens, text_tokens)
-        return 2 * self.flops(batch, tokens, text_tokens) - 2 * batch * inputs
 
     def recompute_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """The forward pass of the blocks, all of which are checkpoint units."""

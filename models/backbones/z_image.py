@@ -11,32 +11,28 @@ from diffusers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor, nn
 
-from models import attention
+from models.attention import Dispatched
 from models.backbone import Conditioning
 from models.encoders.z_image import ZImageLatents, ZImageText
-from models.precision import keep_float64
-from models.transformer import TransformerBackbone, TransformerOptions
-from models.weights import Start, normal_start
+from models.target_time import SINUSOID
+from models.transformer import DispatchedOptions, TransformerBackbone
 from models.z_image_time import ZImageTargetTime
 
-SINUSOID, TIME_HIDDEN, TIME_WIDTH = 256, 1024, 256  # of a time embedding: features, hidden layer, most outputs
-NEW_DEVIATION = 0.02  # of the weights of a new E2, as published for SD3 and SANA
+TIME_HIDDEN, TIME_WIDTH = 1024, 256  # of a time embedding: hidden layer, most outputs
 
 
 @dataclass
-class ZImageOptions(TransformerOptions):
-    attention: str = "auto"
-    """auto | native | flash | flash3: PyTorch's attention, or flash-attn 2 or 3 with variable length (GPUs, bfloat16
-    blocks). auto takes the fastest that runs here; the log says which and why."""
+class ZImageOptions(DispatchedOptions):
+    pass
 
 
-class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
+class ZImage(Dispatched, ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
     """Backbone over diffusers' ZImageTransformer2DModel; parameter names are its own plus `t_embedder_2.*`.
 
     diffusers' network gives x - z, the negative of a velocity, at a time of its own (models/z_image_time.py).
 
-    config: the transformer's config.json. pixels_per_latent: edge of the square of pixels behind one latent (8 for the
-    Z-Image VAE, 1 for pixels). On device "meta" nothing is allocated; materialise with `to_empty`, then `load`.
+    A base model starts as its own velocity for every r: a copy of E1 as E2 would add to it at r = 0 an embedding as large
+    as its own. (No published trainer says; the published patch leaves E2 as torch makes it.)
     """
 
     family, class_name = "Z-Image", "ZImageTransformer2DModel"
@@ -46,26 +42,15 @@ class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
         *("t_embedder.mlp.0", "t_embedder.mlp.2", "t_embedder_2.mlp.0", "t_embedder_2.mlp.2"),
     )
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        *,
-        pixels_per_latent: int = 8,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        with torch.device(device):
-            super().__init__(**self._arguments(config, ("siglip_feat_dim",)))
+    unsupported = ("siglip_feat_dim",)
+
+    def _adapt(self) -> None:
         if len(self.config.all_patch_size) != 1 or tuple(self.config.all_f_patch_size) != (1,):
             raise ValueError(
                 "Z-Image transformers with several patch sizes, or with patches of several frames, are not supported: "
                 f"all_patch_size={self.config.all_patch_size}, all_f_patch_size={self.config.all_f_patch_size}"
             )
-        self.pixels_per_latent = pixels_per_latent
-        self.add_target_time()
         self._text_mask: Tensor | None = None
-        keep_float64(self)
-        nn.Module.to(self, dtype)  # diffusers' own `to` warns about an empty list of float32 modules
 
     @classmethod
     def vae_shape(cls, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -83,10 +68,9 @@ class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
     def text_width(self) -> int:
         return int(self.config.cap_feat_dim)
 
-    def _new_parameters(self, seed: int) -> Start:
-        """Small: a base model starts as its own velocity for every r, where a copy of E1 would add to it at r = 0 an
-        embedding as large as its own. (No published trainer says; the published patch leaves E2 as torch makes it.)"""
-        return normal_start(NEW_DEVIATION, seed)
+    @property
+    def head_width(self) -> int:
+        return int(self.dim // self.n_heads)
 
     def forward(
         self, x_t: Tensor, t: Tensor, r: Tensor | None, cond: Conditioning, weights: Tensor | None = None
@@ -113,12 +97,6 @@ class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
         finally:
             self._text_mask = None
         return -torch.stack(clean_minus_noise).squeeze(2).to(x_t.dtype)
-
-    def use_attention(self, requested: str, device: torch.device, dtype: torch.dtype) -> attention.Choice:
-        """Choose the kernel for blocks that compute in `dtype` on `device` (models/attention.py) and use it."""
-        choice = attention.choose(requested, device, dtype, self.dim // self.n_heads)
-        attention.use(self, choice.name)
-        return choice
 
     def patchify_and_embed(
         self, all_image: list[Tensor], all_cap_feats: list[Tensor], patch_size: int, f_patch_size: int
@@ -202,18 +180,10 @@ class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
         Image and text are padded to multiples of 32 tokens, which costs the same as real ones.
         """
         image, text = _padded(tokens), _padded(text_tokens)
-        ends = self._inputs(image) + text * self.config.cap_feat_dim * self.dim
+        ends = self._input_products(tokens, text_tokens) + text * self.config.cap_feat_dim * self.dim
         ends += 2 * TIME_HIDDEN * self._time_width  # both time embeddings' second layers
         ends += self._time_width * self.dim + (image + text) * self.dim * self._patch_width
         return self.recompute_flops(batch, tokens, text_tokens) + 2 * batch * ends
-
-    def backward_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
-        """Two products for each of the forward pass, but for latents and sinusoids, which get no gradient.
-
-        Attention counts as its four products; flash kernels compute the scores once more.
-        """
-        inputs = self._inputs(_padded(tokens))
-        return 2 * self.flops(batch, tokens, text_tokens) - 2 * batch * inputs
 
     def recompute_flops(self, batch: int, tokens: int, text_tokens: int) -> int:
         """The forward pass of the blocks, all of which are checkpoint units."""
@@ -226,9 +196,8 @@ class ZImage(ZImageTargetTime, TransformerBackbone, ZImageTransformer2DModel):
             work += len(blocks) * (modulation + length * (4 * self.dim**2 + feed_forward) + 2 * length**2 * self.dim)
         return 2 * batch * work
 
-    def _inputs(self, image: int) -> int:
-        """Multiplications by what has no gradient: latents, and the sinusoids of both time embeddings."""
-        return image * self._patch_width * self.dim + 2 * SINUSOID * TIME_HIDDEN
+    def _input_products(self, tokens: int, text_tokens: int) -> int:
+        return int(_padded(tokens) * self._patch_width * self.dim + 2 * SINUSOID * TIME_HIDDEN)
 
     @property
     def _time_width(self) -> int:
