@@ -27,6 +27,8 @@ def test_every_recipe_loads(path: Path) -> None:
     if config.objective["name"] == "twinflow":
         of_captions = load.load([path, SMOKE.parent / "objective" / "image_free.yaml"])
         assert of_captions.objective["image_free"] and of_captions.objective["teacher"] == "frozen"
+        jumping = load.load([path, SMOKE.parent / "objective" / "warm_start.yaml"])
+        assert jumping.objective["time_distribution"] == "logit_normal" and jumping.objective["time_mean"] == 0.5
 
 
 @pytest.mark.parametrize(
