@@ -40,7 +40,7 @@ def read_on_rank(
     run: Any = SimpleNamespace(
         step=0,
         order=order,
-        objective=TwinFlow(),
+        objective=TwinFlow(teacher="online"),
         config=SimpleNamespace(
             train=Train(steps=2, global_batch_size=global_batch_size, micro_batch_size=1, chunk_rows=None)
         ),

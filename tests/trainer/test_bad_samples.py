@@ -81,7 +81,7 @@ def stop_with(folder: str, counts: list[int]) -> tuple[str, int]:
     run: Any = SimpleNamespace(
         step=0,
         order=order,
-        objective=TwinFlow(),
+        objective=TwinFlow(teacher="online"),
         config=SimpleNamespace(train=train),
         stop=SimpleNamespace(requested=0),
         nets=SimpleNamespace(step_calls=(0, 0)),
