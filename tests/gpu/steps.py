@@ -19,7 +19,7 @@ from trainer.objectives.objective import Nets, Rows
 from trainer.objectives.roles import assign
 from trainer.objectives.twinflow import TwinFlow
 
-OBJECTIVE = TwinFlow(order=2, roles={**EVEN}, enhanced_ratio=0.5)
+OBJECTIVE = TwinFlow(order=2, teacher="online", roles={**EVEN}, enhanced_ratio=0.5)
 ROWS, STEP, BETA, RATE = 4, 5, 0.9, 1e-3
 OPTIMIZER = Optimizer(learning_rate=RATE, betas=(BETA, 0.99), max_grad_norm=0.0)
 

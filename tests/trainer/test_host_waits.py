@@ -33,10 +33,10 @@ from trainer.observe.metrics import Tally
 
 ROWS = 4
 OBJECTIVES: dict[str, Any] = {
-    "twinflow": TwinFlow(order=2, roles={**EVEN}, enhanced_ratio=0.5),
+    "twinflow": TwinFlow(order=2, teacher="online", roles={**EVEN}, enhanced_ratio=0.5),
     "image-free, of an average": TwinFlow(order=1, roles={**EVEN}, enhanced_ratio=0.5, image_free=True, teacher="ema"),
     "frozen teacher": TwinFlow(order=1, roles={**EVEN}, enhanced_ratio=4.0, teacher="frozen"),
-    "order 0": TwinFlow(order=0, roles={**EVEN}),
+    "order 0": TwinFlow(order=0, teacher="online", roles={**EVEN}),
     "twinflow full": TwinFlowFull(order=1, enhanced_ratio=0.5),
     "rcgm": RCGM(order=1),
     "flow matching": FlowMatching(),

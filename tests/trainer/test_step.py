@@ -23,7 +23,7 @@ from trainer.objectives.roles import assign
 from trainer.objectives.twinflow import TwinFlow
 
 BATCH, BETA = 8, 0.9
-OBJECTIVE = TwinFlow(order=2, enhanced_ratio=0.5, roles={"e2e": 1, "mul": 1, "any": 1, "adv": 1})
+OBJECTIVE = TwinFlow(order=2, teacher="online", enhanced_ratio=0.5, roles={"e2e": 1, "mul": 1, "any": 1, "adv": 1})
 
 
 @pytest.fixture(scope="module")
